@@ -1,0 +1,311 @@
+"""LoraAdapter, what any adapter must offer, and LoadedLora, an adapter with its weights by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from lorastack.delta import Kind, LoraDelta, as_floats, read_all
+from lorastack.errors import ArgumentError, UnsupportedError
+from lorastack.factor import Factor
+from lorastack.target import Naming, TargetModule, naming_of, place_of
+
+if TYPE_CHECKING:
+    import gguf
+
+Pattern = str | re.Pattern[str]
+#: What an adapter holds that is not a low-rank update: kind -> name -> value (see docs/extras.md).
+Extras = Mapping[str, Mapping[str, Any]]
+
+
+@runtime_checkable
+class LoraAdapter(Protocol):
+    """Anything that gives updates by (target module, layer); its row order is Hugging Face's.
+
+    ``alpha / rank`` multiplies every delta. An adapter may also have ``layers``, the layer numbers it
+    covers; without it, it can be applied and attached, but not baked or merged.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def target_modules(self) -> tuple[TargetModule, ...]: ...
+    def delta(self, target: TargetModule, layer: int) -> LoraDelta | None: ...
+
+
+class LazyDeltas(Mapping[str, LoraDelta]):
+    """Weight names with their deltas, each built when first asked for.
+
+    Opening a file checks everything its header can tell; the thousands of small objects for what may
+    never be used would cost more than reading that header.
+    """
+
+    __slots__ = ("_build", "_built", "_recipes")
+
+    def __init__(self, recipes: dict[str, Any], build: Callable[[str, Any], LoraDelta]) -> None:
+        self._recipes = recipes
+        self._build = build
+        self._built: dict[str, LoraDelta] = {}
+
+    def __getitem__(self, name: str) -> LoraDelta:
+        delta = self._built.get(name)
+        if delta is None:
+            delta = self._built[name] = self._build(name, self._recipes[name])
+        return delta
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._recipes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._recipes)
+
+    def __len__(self) -> int:
+        return len(self._recipes)
+
+    def __repr__(self) -> str:
+        return f"{len(self)} deltas: {', '.join(list(self)[:3])}{', ...' if len(self) > 3 else ''}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LoadedLora:
+    """One adapter: its updates by weight name, and what else its file holds. Frozen, shared, never copied.
+
+    Make one with `load`, `from_gguf` or `from_tensors`.
+
+    Attributes
+    ----------
+    name
+        The file's stem or the folder's name, or what ``name=`` said.
+    adapters
+        Weight name -> `LoraDelta`. The name is the base's own: a GGUF tensor name or a ``state_dict`` key.
+    extras
+        What is not low-rank (``dora``, ``lora_bias``, ``bias``, ``modules_to_save``, ``new_tokens``, ``norm``,
+        ``base_weight``, ``alora``): kind -> name -> value.
+    metadata
+        What the file says of itself: GGUF keys, or the fields of adapter_config.json.
+    naming
+        Whose names they are: ``"gguf"``, ``"hf"`` or ``"own"``.
+    source
+        Where it was loaded from; None for one made in memory.
+    """
+
+    name: str
+    adapters: Mapping[str, LoraDelta]
+    extras: Extras = field(default_factory=lambda: MappingProxyType({}))
+    metadata: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    naming: Naming = "own"
+    source: Path | None = None
+    file_alpha: float | None = None
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> LoadedLora:
+        """Load an adapter of any format; see `lorastack.load`."""
+        from lorastack.formats import load
+
+        return load(path, **options)
+
+    @classmethod
+    def from_gguf(cls, reader: gguf.GGUFReader, name: str | None = None, **options: Any) -> LoadedLora:
+        """Take the adapter out of an open ``gguf.GGUFReader``.
+
+        Raises
+        ------
+        FormatError
+            Listing everything that is wrong with the file.
+        """
+        from lorastack.formats.gguf import from_reader
+
+        return from_reader(reader, name=name, **options)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, tuple[np.ndarray, np.ndarray] | LoraDelta],
+        alpha: float | None = None,
+        name: str | None = None,
+        naming: Naming | None = None,
+        allow_nonfinite: bool = False,
+    ) -> LoadedLora:
+        """Make an adapter of arrays in memory.
+
+        Parameters
+        ----------
+        tensors
+            Weight name -> ``(a, b)``, with ``a [rank, in]`` and ``b [out, rank]``, or a `LoraDelta`.
+        alpha
+            The scaling of each weight is ``alpha / rank``, with the rank of that weight; 1 without alpha.
+        naming
+            Whose names these are; guessed from the names when not given.
+
+        Example
+        -------
+        >>> import numpy as np
+        >>> lora = LoadedLora.from_tensors({"w": (np.ones((2, 3)), np.ones((4, 2)))}, alpha=4)
+        >>> lora.get("w").scaling, lora.rank, lora.num_adapters()
+        (2.0, 2, 1)
+        """
+        name = name or "lora"
+        deltas: dict[str, LoraDelta] = {}
+        for weight, value in tensors.items():
+            if isinstance(value, LoraDelta):
+                deltas[weight] = value
+                continue
+            a, b = (
+                Factor.of(as_floats(half, part), f"{name}: {weight}.{part}", allow_nonfinite)
+                for half, part in zip(value, ("lora_A", "lora_B"), strict=True)
+            )
+            # GGUF has one embedding tensor of one name; its factors are kept as (rank, vocabulary) here.
+            kind: Kind | None = "embedding" if weight == "token_embd.weight" else None
+            delta = LoraDelta(a, b, kind=kind)
+            deltas[weight] = delta if alpha is None else delta.scaled(alpha / delta.rank)
+        return cls(
+            name=name,
+            adapters=MappingProxyType(deltas),
+            naming=naming or naming_of(list(deltas)),
+            file_alpha=None if alpha is None else float(alpha),
+        )
+
+    def get(self, name: str) -> LoraDelta | None:
+        """The update of the weight ``name``; None when this adapter has none."""
+        return self.adapters.get(name)
+
+    def num_adapters(self) -> int:
+        """How many weights this adapter changes."""
+        return len(self.adapters)
+
+    def check(self) -> None:
+        """Read every factor now.
+
+        Raises
+        ------
+        NonFiniteError
+            Listing every factor that holds NaN or Inf.
+        """
+        read_all(list(self.adapters.values()))
+
+    @cached_property
+    def rank(self) -> int:
+        """The largest rank of any weight."""
+        return max((delta.rank for delta in self.adapters.values()), default=0)
+
+    @property
+    def alpha(self) -> float:
+        """The file's alpha; the rank where the file has none or 0, which mean a scaling of 1."""
+        return self.file_alpha or float(self.rank)
+
+    @cached_property
+    def places(self) -> Mapping[tuple[TargetModule, int], str]:
+        """(target module, layer) -> weight name, for the view as a `LoraAdapter`.
+
+        Raises
+        ------
+        UnsupportedError
+            When a weight has no such place, or two have the same: that view would leave weights out.
+        """
+        places: dict[tuple[TargetModule, int], str] = {}
+        lost: list[str] = []
+        for name in self.adapters:
+            place = place_of(name)
+            if place is None:
+                lost.append(f"{name} is no target module of a numbered layer")
+            elif place in places:
+                lost.append(f"{name} is the same place as {places[place]}: {place[0]} of layer {place[1]}")
+            else:
+                places[place] = name
+        if lost:
+            raise UnsupportedError(
+                f"{self.name} cannot be used by (target module, layer); push it by weight name with push()",
+                lost,
+            )
+        return places
+
+    @cached_property
+    def target_modules(self) -> tuple[TargetModule, ...]:
+        """The target modules it changes, each once, in the file's order."""
+        return tuple(dict.fromkeys(target for target, _ in self.places))
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The layers it changes, ascending."""
+        return tuple(sorted({layer for _, layer in self.places}))
+
+    def delta(self, target: TargetModule | str, layer: int) -> LoraDelta | None:
+        """The update at (target, layer), such that ``(alpha / rank) * delta`` is the true one.
+
+        Each weight has a scaling of its own (rsLoRA, alpha patterns, ranks that differ), while a
+        `LoraAdapter` has one alpha and one rank: the delta's scaling makes up the difference.
+        """
+        name = self.places.get((TargetModule.of(target), layer))
+        return None if name is None else self.adapters[name].scaled(self.rank / self.alpha)
+
+    def select(self, pattern: Pattern) -> LoadedLora:
+        """A view of the weights whose name matches: a glob (``"blk.[0-9].*"``) or a compiled regex.
+
+        Extras named after a weight go with it.
+        """
+        kept = [name for name in self.adapters if matches(pattern, name)]
+        modules = {name.removesuffix(".weight") for name in kept}
+        extras = {
+            kind: MappingProxyType(inside)
+            for kind, values in self.extras.items()
+            if (
+                inside := {
+                    name: value
+                    for name, value in values.items()
+                    if kind == "alora" or matches(pattern, name) or name.rpartition(".")[0] in modules
+                }
+            )
+        }
+        return replace(
+            self,
+            adapters=LazyDeltas(dict.fromkeys(kept), lambda name, _: self.adapters[name]),
+            extras=MappingProxyType(extras),
+        )
+
+    def scaled(self, factors: float | Mapping[Pattern, float]) -> LoadedLora:
+        """A view with the scaling of some weights multiplied: ``{pattern: factor}``, the first match counts.
+
+        Raises
+        ------
+        ArgumentError
+            When a pattern matches no weight.
+        """
+        table = {"*": factors} if isinstance(factors, (int, float)) else dict(factors)
+        dead = [p for p in table if not any(matches(p, name) for name in self.adapters)]
+        if dead:
+            first = ", ".join(list(self.adapters)[:3])
+            raise ArgumentError(f"{self.name}: no weight matches {dead}; its weights are named like {first}")
+        found = {name: next((f for p, f in table.items() if matches(p, name)), 1.0) for name in self.adapters}
+        return replace(self, adapters=LazyDeltas(found, lambda name, f: self.adapters[name].scaled(f)))
+
+    def renamed(self, name: str) -> LoadedLora:
+        """The same adapter under another name."""
+        return replace(self, name=name)
+
+    def __copy__(self) -> LoadedLora:
+        return self
+
+    def __deepcopy__(self, memo: object) -> LoadedLora:
+        return self
+
+    def __repr__(self) -> str:
+        extras = f", extras={sorted(self.extras)}" if self.extras else ""
+        size = f"{self.num_adapters()} weights, rank={self.rank}"
+        return f"LoadedLora({self.name!r}, {size}, naming={self.naming!r}{extras})"
+
+
+def matches(pattern: Pattern, name: str) -> bool:
+    """Whether ``name`` as a whole matches a glob or a compiled regex."""
+    if isinstance(pattern, str):
+        return fnmatchcase(name, pattern)
+    return pattern.fullmatch(name) is not None

@@ -1,0 +1,255 @@
+"""LoraDelta: one low-rank update ``scaling * B @ A`` of one weight."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+
+from lorastack.errors import ArgumentError, NonFiniteError, ShapeError, UnsupportedError
+from lorastack.factor import Factor
+
+Kind = Literal["linear", "embedding", "experts", "conv"]
+_NDIM: dict[str, tuple[int, ...]] = {"linear": (2,), "embedding": (2,), "experts": (3,), "conv": (3, 4, 5)}
+
+
+class LoraDelta:
+    """One low-rank update of one weight, frozen: ``scaling * B @ A`` (Hu et al. 2021, arXiv:2106.09685).
+
+    Parameters
+    ----------
+    a, b
+        Arrays of any float dtype, or lazily read `Factor` objects. By ``kind``:
+
+        ============  ======================  =====================
+        kind          a                       b
+        ============  ======================  =====================
+        linear        ``(rank, in)``          ``(out, rank)``
+        embedding     ``(rank, vocabulary)``  ``(width, rank)``
+        experts       ``(E, rank, in)``       ``(E, out, rank)``
+        conv          ``(rank, in, *kernel)`` ``(out, rank, 1, ...)``
+        ============  ======================  =====================
+    scaling
+        The adapter's own multiplier for this weight: alpha/rank, or alpha/√rank under rsLoRA.
+    kind
+        ``"linear"`` unless given; three-dimensional factors are taken as experts, four- and
+        five-dimensional ones as a convolution.
+
+    Raises
+    ------
+    ShapeError
+        When the two factors do not fit each other; the message has both shapes.
+
+    Example
+    -------
+    >>> import numpy as np
+    >>> delta = LoraDelta(np.ones((1, 3)), np.ones((2, 1)), scaling=0.5)
+    >>> delta.rank, delta.in_features, delta.out_features
+    (1, 3, 2)
+    >>> delta.apply(np.array([1.0, 2.0, 3.0]))
+    array([3., 3.])
+    """
+
+    __slots__ = ("_a", "_b", "kind", "scaling")
+
+    _a: Factor
+    _b: Factor
+    scaling: float
+    kind: Kind
+
+    def __init__(
+        self, a: np.ndarray | Factor, b: np.ndarray | Factor, scaling: float = 1.0, kind: Kind | None = None
+    ) -> None:
+        fa = a if isinstance(a, Factor) else Factor.of(as_floats(a, "a"), "lora_A")
+        fb = b if isinstance(b, Factor) else Factor.of(as_floats(b, "b"), "lora_B")
+        if kind is None:
+            kind = {3: "experts", 4: "conv", 5: "conv"}.get(len(fa.shape), "linear")  # type: ignore[assignment]
+        assert kind is not None
+        problem = misfit(fa.shape, fb.shape, kind)
+        if problem:
+            raise ShapeError(problem)
+        put = object.__setattr__
+        put(self, "_a", fa)
+        put(self, "_b", fb)
+        put(self, "scaling", float(scaling))
+        put(self, "kind", kind)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a LoraDelta is frozen, {name!r} cannot be set; make a new one or use .scaled()")
+
+    def __copy__(self) -> LoraDelta:
+        return self
+
+    def __deepcopy__(self, memo: object) -> LoraDelta:
+        return self
+
+    def __reduce__(self) -> tuple[type[LoraDelta], tuple[np.ndarray, np.ndarray, float, Kind]]:
+        return LoraDelta, (self.a, self.b, self.scaling, self.kind)
+
+    def __repr__(self) -> str:
+        return f"LoraDelta(rank={self.rank}, {self.in_features} -> {self.out_features}, scaling={self.scaling:g}" + (
+            f", kind={self.kind!r})" if self.kind != "linear" else ")"
+        )
+
+    @property
+    def a(self) -> np.ndarray:
+        """lora_A, read-only, in its stored dtype. Raises NonFiniteError on NaN or Inf."""
+        return self._a.array
+
+    @property
+    def b(self) -> np.ndarray:
+        """lora_B, read-only, in its stored dtype. Raises NonFiniteError on NaN or Inf."""
+        return self._b.array
+
+    @property
+    def factors(self) -> tuple[Factor, Factor]:
+        """A and B as `Factor` objects: shapes, dtypes and origin without reading the numbers."""
+        return self._a, self._b
+
+    @property
+    def rank(self) -> int:
+        """Rank of the update (for experts: of each expert)."""
+        return self._a.shape[1 if self.kind == "experts" else 0]
+
+    @property
+    def in_features(self) -> int:
+        """Length of the input (embedding: the vocabulary; convolution: channels per group)."""
+        return self._a.shape[2 if self.kind == "experts" else 1]
+
+    @property
+    def out_features(self) -> int:
+        """Length of the output."""
+        return self._b.shape[1 if self.kind == "experts" else 0]
+
+    @property
+    def num_experts(self) -> int | None:
+        """Number of experts, or None for everything else."""
+        return self._a.shape[0] if self.kind == "experts" else None
+
+    def scaled(self, factor: float) -> LoraDelta:
+        """The same factors with ``factor`` times the scaling."""
+        return LoraDelta(self._a, self._b, self.scaling * factor, self.kind)
+
+    def apply(self, x: np.ndarray, scale: float = 1.0) -> np.ndarray:
+        """``scale * scaling * B @ A @ x``, never forming ``B @ A``.
+
+        Parameters
+        ----------
+        x
+            ``[in]`` or ``[..., in]``, any float dtype; for an embedding integer ids of any shape; for
+            experts ``[E, ..., in]``.
+
+        Returns
+        -------
+        numpy.ndarray
+            ``[..., out]`` in float32, or in float64 for float64 input.
+
+        Raises
+        ------
+        ShapeError
+            When x does not fit.
+        UnsupportedError
+            For a convolution, which needs the model's stride and padding.
+        """
+        x = np.asarray(x)
+        dtype = compute_dtype(x)
+        a, b = self._arrays(dtype)
+        factor = dtype.type(scale * self.scaling)
+        check_input(x, self)
+        if self.kind == "embedding":
+            return (a[:, x.reshape(-1)].T * factor @ b.T).reshape(*x.shape, self.out_features)
+        x = x.astype(dtype, copy=False)
+        if self.kind == "experts":
+            flat = x.reshape(x.shape[0], -1, x.shape[-1])
+            y = (flat @ a.transpose(0, 2, 1) * factor) @ b.transpose(0, 2, 1)
+            return y.reshape(*x.shape[:-1], self.out_features)
+        return (x @ a.T * factor) @ b.T
+
+    def dense(self) -> np.ndarray:
+        """``scaling * B @ A`` as one matrix, in float32: ``[out, in]``, experts ``[E, out, in]``, convolution
+        ``[out, in, *kernel]``. For tests and small sizes; nothing else in the package forms it.
+        """
+        a, b = self._arrays(np.dtype(np.float32))
+        if self.kind == "conv":
+            flat = b.reshape(b.shape[0], b.shape[1]) @ a.reshape(a.shape[0], -1)
+            return (flat * np.float32(self.scaling)).reshape(b.shape[0], *a.shape[1:])
+        return b @ a * np.float32(self.scaling)
+
+    def _arrays(self, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        read_all([self])
+        return self.a.astype(dtype, copy=False), self.b.astype(dtype, copy=False)
+
+
+def misfit(a: tuple[int, ...], b: tuple[int, ...], kind: Kind) -> str | None:
+    """Say why factors of these shapes are not an update of this kind; None when they are."""
+    if kind not in get_args(Kind):
+        raise ArgumentError(f"kind {kind!r} is not one of {', '.join(get_args(Kind))}")
+    shapes = f"lora_A is {a} and lora_B is {b}"
+    if len(a) not in _NDIM[kind] or len(b) != len(a):
+        wanted = " or ".join(str(n) for n in _NDIM[kind])
+        return f"{shapes}: {kind} factors have {wanted} dimensions each"
+    if 0 in a or 0 in b:
+        return f"{shapes}: a dimension is 0"
+    if kind == "experts" and a[0] != b[0]:
+        return f"{shapes}: {a[0]} experts against {b[0]}"
+    rank_a, rank_b = (a[1], b[2]) if kind == "experts" else (a[0], b[1])
+    if rank_a != rank_b:
+        return f"{shapes}: rank {rank_a} against {rank_b}"
+    if kind == "conv" and any(side != 1 for side in b[2:]):
+        return f"{shapes}: lora_B of a convolution has a kernel of 1"
+    return None
+
+
+def compute_dtype(x: np.ndarray) -> np.dtype:
+    """The dtype a sum over ``x`` is taken and returned in: float64 for float64, else float32."""
+    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+
+
+def check_input(x: np.ndarray, delta: LoraDelta) -> None:
+    """Raise unless ``delta`` can be applied to ``x``."""
+    ids = np.issubdtype(x.dtype, np.integer)
+    if delta.kind == "conv":
+        raise UnsupportedError(
+            "a convolution's update cannot be applied to a bare vector: stride and padding are the model's; "
+            "attach the stack with lorastack.torch, or use dense()"
+        )
+    if delta.kind == "embedding":
+        if not ids:
+            raise ShapeError(f"x is {x.dtype}, this is an embedding's update: it takes integer token ids")
+        if x.size and not 0 <= int(x.min()) <= int(x.max()) < delta.in_features:
+            raise ShapeError(
+                f"token ids run from {x.min()} to {x.max()}, this update's vocabulary is {delta.in_features}"
+            )
+        return
+    if ids or x.dtype == bool:
+        raise ShapeError(f"x is {x.dtype}, this delta takes floating-point input")
+    if x.ndim == 0 or x.shape[-1] != delta.in_features:
+        has = x.shape[-1] if x.ndim else "no"
+        raise ShapeError(f"x has {has} features, this delta takes {delta.in_features} (x is {x.shape})")
+    if delta.kind == "experts" and (x.ndim < 2 or x.shape[0] != delta.num_experts):
+        raise ShapeError(f"x is {x.shape}, an experts' update takes [{delta.num_experts}, ..., {delta.in_features}]")
+
+
+def read_all(deltas: list[LoraDelta]) -> None:
+    """Read every factor, and list every one that holds NaN or Inf in one error."""
+    found: list[str] = []
+    for delta in deltas:
+        for factor in delta.factors:
+            try:
+                _ = factor.array
+            except NonFiniteError as error:
+                found.append(str(error))
+    if found:
+        raise NonFiniteError(f"{len(found)} factor{'s' if len(found) > 1 else ''} not finite", found)
+
+
+def as_floats(array: np.ndarray, name: str) -> np.ndarray:
+    """``array`` if it has a float dtype (bfloat16 too), as float32 if it holds integers; else ShapeError."""
+    array = np.asarray(array)
+    if array.dtype.kind in "iub":
+        return array.astype(np.float32)
+    try:
+        np.isfinite(array[:0])
+    except (TypeError, IndexError) as error:
+        raise ShapeError(f"{name} is {array.dtype} of shape {array.shape}, not a float array") from error
+    return array

@@ -1,0 +1,88 @@
+"""Factor: one of the two arrays of a low-rank update, in memory or still in its file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from lorastack.errors import NonFiniteError
+
+
+class Factor:
+    """An array whose shape and dtype are known at once and whose numbers are read on first use.
+
+    Reading checks for NaN and Inf once, then keeps the array, read-only. Several threads may read at
+    the same time: both compute the same array and one of the two is kept.
+
+    Parameters
+    ----------
+    shape, dtype
+        What the array has when read. ``dtype`` is the stored type, in which the numbers are kept.
+    read
+        Called without arguments, returns the array (a view of a mapped file where it can be).
+    label
+        Says where the numbers come from, for messages: file and tensor.
+    allow_nonfinite
+        Let NaN and Inf through.
+    """
+
+    __slots__ = ("_array", "_read", "allow_nonfinite", "dtype", "label", "shape", "stored")
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        read: Callable[[], np.ndarray],
+        label: str,
+        allow_nonfinite: bool = False,
+        stored: str | None = None,
+    ) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.label = label
+        self.allow_nonfinite = allow_nonfinite
+        #: Name of the type in the file, where NumPy has none for it (``Q8_0``); else NumPy's name.
+        self.stored = stored or dtype.name
+        self._read = read
+        self._array: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, array: np.ndarray, label: str, allow_nonfinite: bool = False) -> Factor:
+        """A factor that is in memory already; the array is copied if someone could still write to it."""
+        array = np.asarray(array)
+        if array.flags.writeable:
+            array = array.copy()
+            array.flags.writeable = False
+        return cls(array.shape, array.dtype, lambda: array, label, allow_nonfinite)
+
+    @property
+    def array(self) -> np.ndarray:
+        """The numbers, read-only, in the stored dtype (quantised types: float32).
+
+        Raises
+        ------
+        NonFiniteError
+            When a value is NaN or Inf and ``allow_nonfinite`` was not given.
+        """
+        if self._array is None:
+            array = self._read()
+            if not self.allow_nonfinite:
+                bad = nonfinite_count(array)
+                if bad:
+                    raise NonFiniteError(
+                        f"{self.label}: {bad} of {array.size} values are NaN or Inf; "
+                        "train or save the adapter again, or load it with allow_nonfinite=True"
+                    )
+            array.flags.writeable = False
+            self._array = array
+        return self._array
+
+    def mapped(self, change: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> Factor:
+        """The same factor with ``change`` (a transpose, a reshape, a row permutation) applied when read."""
+        return Factor(shape, self.dtype, lambda: change(self.array), self.label, self.allow_nonfinite, self.stored)
+
+
+def nonfinite_count(array: np.ndarray) -> int:
+    """How many values are NaN or Inf."""
+    return int(array.size - np.count_nonzero(np.isfinite(array)))

@@ -1,0 +1,122 @@
+"""Adapter files: `load` looks at the content and hands over to the reader of that format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from lorastack.adapter import LoadedLora
+from lorastack.errors import FormatError
+from lorastack.formats import gguf, peft
+from lorastack.formats.peft_config import CONFIG_NAME
+from lorastack.formats.safetensors_file import SafetensorsFile
+from lorastack.hub import resolve
+
+
+def load(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    allow_nonfinite: bool = False,
+    ignore: Collection[str] = (),
+    subfolder: str | None = None,
+) -> LoadedLora:
+    """Load an adapter: a GGUF file, a PEFT folder, or a hub id. The content decides, not the ending.
+
+    Opening checks the header and maps the file; factors are read when first used.
+
+    Parameters
+    ----------
+    path
+        A file, a folder, or ``owner/name``, ``owner/name/subfolder``, ``owner/name@revision`` on the
+        Hugging Face hub (from the cache when offline).
+    name
+        The adapter's name; its file's stem or folder's name when not given.
+    allow_nonfinite
+        Let NaN and Inf in factors through.
+    ignore
+        Fields of adapter_config.json to leave out of account.
+    subfolder
+        The folder inside the repository or folder that holds the adapter.
+
+    Raises
+    ------
+    FormatError
+        Listing everything that is wrong with the file.
+    """
+    given = str(path)
+    where = resolve(given, subfolder)
+    if name is None and not Path(given).exists():
+        name = subfolder or given.partition("@")[0].rpartition("/")[2]
+    if where.is_dir():
+        return _load_folder(where, name, allow_nonfinite, ignore)
+    return _load_file(where, name, allow_nonfinite, ignore)
+
+
+def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:
+    if (folder / CONFIG_NAME).is_file():
+        _refuse_mlx(folder)
+        return peft.load(folder, name, allow_nonfinite, ignore)
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".gguf", ".safetensors") and p.is_file())
+    if len(files) == 1 and not (folder / "config.json").exists():
+        return _load_file(files[0], name, allow_nonfinite, ignore)
+    inside = sorted(p.parent for p in folder.glob("*/**/" + CONFIG_NAME))[:50]
+    if inside:
+        raise FormatError(
+            f"{folder}: it holds several adapters; load one of them",
+            [str(p) for p in inside],
+        )
+    if (folder / "config.json").exists():
+        raise FormatError(f"{folder}: it is a whole model (config.json, no {CONFIG_NAME}); give it as the base")
+    listing = [str(p) for p in files] or ["no .gguf or .safetensors file there either"]
+    raise FormatError(f"{folder}: it has no {CONFIG_NAME}; name one file, or a folder saved by PEFT", listing)
+
+
+def _load_file(path: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[:4] == b"GGUF":
+        return gguf.load(path, name, allow_nonfinite)
+    if path.name in (CONFIG_NAME, peft.WEIGHTS, peft.OLD_WEIGHTS) and (path.parent / CONFIG_NAME).is_file():
+        return _load_folder(path.parent, name, allow_nonfinite, ignore)
+    if head.startswith(b"version https://git-lfs"):
+        raise FormatError(f"{path}: it is a Git LFS pointer, not the file itself; run: git lfs pull")
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        raise FormatError(f"{path}: it is a pickle; only {peft.OLD_WEIGHTS} beside its {CONFIG_NAME} is read")
+    if not head:
+        raise FormatError(f"{path}: it is empty; fetch it again")
+    weights = SafetensorsFile(path)
+    if any(key.startswith(peft.PREFIX) for key in weights.tensors) and (path.parent / CONFIG_NAME).is_file():
+        return peft.load(path.parent, name or path.stem, allow_nonfinite, ignore, weights=path)
+    raise FormatError(f"{path}: it is {_describe(list(weights.tensors))}")
+
+
+def _describe(keys: list[str]) -> str:
+    """Which kind of safetensors file has these keys, and the way out; none of them is read yet."""
+    if any(key.endswith(("lora_A.weight", "lora_embedding_A")) for key in keys):
+        return f"PEFT weights without their {CONFIG_NAME}, which holds the scaling; put it beside them"
+    if any(":up" in key or ":down" in key for key in keys):
+        return "a cloneofsimo adapter, keyed by position in one version of the model; convert it to PEFT or kohya"
+    if any(".lora_down." in key or key.startswith(("lora_unet_", "lora_te")) for key in keys):
+        return "a kohya adapter, which is not read yet; convert it to PEFT"
+    if any("_lora.down" in key or "lora_linear_layer" in key for key in keys):
+        return "an old diffusers adapter, which is not read yet; convert it to PEFT"
+    if any(key.endswith(".lora_a") for key in keys):
+        return "an MLX adapter, which is not read yet; convert it to PEFT"
+    return f"no LoRA adapter: {len(keys)} tensors such as {', '.join(keys[:3]) or 'none'}"
+
+
+def _refuse_mlx(folder: Path) -> None:
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_bytes())
+    except (ValueError, RecursionError):
+        return  # the PEFT reader says what is wrong with it
+    if (
+        isinstance(config, dict)
+        and "peft_type" not in config
+        and ("lora_parameters" in config or "fine_tune_type" in config)
+    ):
+        raise FormatError(
+            f"{folder}: it is an MLX adapter (lora_parameters), which is not read yet; convert it to PEFT"
+        )

@@ -1,0 +1,153 @@
+"""adapter_config.json of PEFT: which fields change the update, and what they say of one module."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorastack.errors import FormatError, Problems
+
+CONFIG_NAME = "adapter_config.json"
+
+#: Fields of peft.LoraConfig (0.21) that change training, naming or bookkeeping, but not the saved update.
+_WITHOUT_EFFECT = frozenset(
+    "peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode task_type target_modules "
+    "exclude_modules lora_dropout layers_to_transform layers_pattern megatron_config megatron_core loftq_config "
+    "eva_config corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying "
+    "base_model_class parent_library".split()
+)
+#: Fields that this reader honours.
+_HONOURED = frozenset(
+    "r lora_alpha use_rslora use_dora rank_pattern alpha_pattern target_parameters fan_in_fan_out bias lora_bias "
+    "modules_to_save trainable_token_indices alora_invocation_tokens init_lora_weights".split()
+)
+#: Fields whose effect is known and not supported, and what to do instead.
+_REFUSED = {
+    "arrow_config": "Arrow routes every token through a choice of adapters",
+    "kasa_config": "KaSA changes the base weights",
+    "monteclora_config": "MonteCLoRA samples its update",
+    "velora_config": "VeLoRA changes how the update is computed",
+    "use_bdlora": "block-diagonal factors are stored in another layout",
+    "use_qalora": "QA-LoRA pools the input in groups",
+    "layer_replication": "the adapter names layers of a base whose layers were replicated",
+}
+#: init_lora_weights whose start value was taken out of the base: saved as they are, they need that changed base.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What adapter_config.json says of the update; ``raw`` is the whole file."""
+
+    raw: dict[str, Any]
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    target_parameters: tuple[str, ...]
+
+    @property
+    def uniform(self) -> bool:
+        """True when every module has the same rank and alpha."""
+        return not self.rank_pattern and not self.alpha_pattern
+
+    def rank_of(self, module: str) -> int:
+        """The rank of one module, by its path."""
+        return _first_hit(self.rank_pattern, module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """alpha / rank of one module, alpha / √rank under rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
+        rank = self.rank_of(module)
+        alpha = _first_hit(self.alpha_pattern, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def _first_hit(pattern: dict[str, Any], module: str, default: Any) -> Any:
+    # The rule of peft.utils.get_pattern_key: a key matches the end of the path, after a dot; the first one counts.
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def read_config(folder: Path, ignore: Collection[str] = ()) -> dict[str, Any]:
+    """The JSON object in the folder's adapter_config.json."""
+    path = folder / CONFIG_NAME
+    try:
+        raw = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: it is no JSON ({error}); fetch it again") from error
+    if not isinstance(raw, dict):
+        raise FormatError(f"{path}: it is no JSON object; fetch it again")
+    return {key: value for key, value in raw.items() if key not in ignore}
+
+
+def parse_config(raw: dict[str, Any], label: str, problems: Problems) -> PeftConfig | None:
+    """Check every field; adds what is wrong to ``problems`` and returns None when the rest has no meaning."""
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        problems.add(f"{label}: peft_type is {kind!r}, only 'LORA' is a LoRA adapter; use PEFT itself for others")
+        return None
+    _check_fields(raw, label, problems)
+    rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)  # PEFT's own defaults
+    rank_pattern, alpha_pattern = raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}
+    before = len(problems.lines)
+    if not _whole(rank):
+        problems.add(f"{label}: r is {rank!r}, expected a whole number above 0")
+    if not _finite(alpha):
+        problems.add(f"{label}: lora_alpha is {alpha!r}, expected a finite number")
+    for field, pattern, good in (
+        ("rank_pattern", rank_pattern, _whole),
+        ("alpha_pattern", alpha_pattern, _finite),
+    ):
+        if not isinstance(pattern, dict) or not all(good(value) for value in pattern.values()):
+            problems.add(f"{label}: {field} is {pattern!r}, expected module names with numbers")
+            continue
+        for key in pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                problems.add(f"{label}: {field} has {key!r}, which is no regular expression ({error})")
+    parameters = raw.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(p, str) for p in parameters):
+        problems.add(f"{label}: target_parameters is {parameters!r}, expected a list of names")
+    if len(problems.lines) > before:
+        return None
+    return PeftConfig(
+        raw, rank, float(alpha), bool(raw.get("use_rslora")), rank_pattern, alpha_pattern, tuple(parameters)
+    )
+
+
+def _check_fields(raw: dict[str, Any], label: str, problems: Problems) -> None:
+    for field, value in raw.items():
+        if field in _WITHOUT_EFFECT or field in _HONOURED or not value:
+            continue
+        why = _REFUSED.get(field)
+        if why:
+            problems.add(f"{label}: {field} is set: {why}, which is not supported")
+        else:
+            problems.add(
+                f"{label}: {field} = {str(value)[:60]!r} is a field not known here, which may change the result; "
+                f"pass ignore=[{field!r}] (--ignore {field}) if you know that it does not"
+            )
+    start = raw.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
+        problems.add(
+            f"{label}: init_lora_weights is {start!r}: the base was changed at the start of training; save the "
+            "adapter with PEFT's path_initial_model_for_weight_conversion, or pass "
+            "ignore=['init_lora_weights'] (--ignore init_lora_weights) if your base is that changed one"
+        )
+
+
+def _whole(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]

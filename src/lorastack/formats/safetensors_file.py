@@ -1,0 +1,135 @@
+"""A mapped safetensors file: its header checked, its tensors as lazily read factors.
+
+The ``safetensors`` package gives NumPy no bfloat16 and does not say where a tensor lies, so the header
+is read here, with the package's own rules (safetensors/src/tensor.rs: at most 100 MB, every offset in
+order, no hole, no overlap, no byte left over).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorastack.errors import FormatError, Problems
+from lorastack.factor import Factor
+
+MAX_HEADER = 100_000_000
+_ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+         "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}  # fmt: skip
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+
+#: (dtype, shape, first byte after the header, last byte + 1)
+Info = tuple[str, tuple[int, ...], int, int]
+
+
+class SafetensorsFile:
+    """One open file: ``tensors`` (name -> dtype, shape, span) and ``metadata``; `factor` reads one lazily.
+
+    Raises
+    ------
+    FormatError
+        Listing every entry that is wrong.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 10 or length > min(size - 8, MAX_HEADER):
+                raise FormatError(
+                    f"{path}: it says its header has {length} bytes, the file has {size}; "
+                    "it is no safetensors file, or cut short: fetch it again"
+                )
+            raw = file.read(length)
+        self._start = 8 + length
+        header = _parse(raw, path)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise FormatError(f"{path}: __metadata__ in the header is no object; the file is damaged")
+        self.metadata: dict[str, str] = metadata
+        self.tensors: dict[str, Info] = _checked(header, size - self._start, path)
+        self._map: np.ndarray | None = None
+
+    def dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
+        return self.tensors[name][:2]
+
+    def factor(self, name: str, allow_nonfinite: bool = False) -> Factor:
+        """The tensor as a `Factor` that reads from the mapped file."""
+        stored, shape, start, stop = self.tensors[name]
+        dtype = numpy_dtype(stored)
+
+        def read() -> np.ndarray:
+            return self._bytes()[start:stop].view(dtype).reshape(shape)
+
+        return Factor(shape, dtype, read, f"{self.path}: tensor {name}", allow_nonfinite, stored)
+
+    def _bytes(self) -> np.ndarray:
+        if self._map is None:
+            whole = np.memmap(self.path, np.uint8, mode="r")
+            self._map = np.asarray(whole)[self._start :]
+        return self._map
+
+
+def numpy_dtype(stored: str) -> np.dtype:
+    """The NumPy dtype of a safetensors dtype name, with ``ml_dtypes`` for those NumPy lacks."""
+    plain = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}.get(stored)
+    if plain:
+        return np.dtype(plain)
+    import ml_dtypes
+
+    other = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}[stored]
+    return np.dtype(getattr(ml_dtypes, other))
+
+
+def _parse(raw: bytes, path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: its header is no JSON ({error}); it is damaged or no safetensors file") from error
+    if not isinstance(header, dict):
+        raise FormatError(f"{path}: its header is no JSON object; it is no safetensors file")
+    # A name given twice would silently lose one of the two; json keeps the last.
+    if raw.count(b'"data_offsets"') != len(header) - ("__metadata__" in header):
+
+        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            if len(dict(pairs)) != len(pairs):
+                twice = {key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1}
+                raise FormatError(f"{path}: {sorted(twice)[:3]} appears twice in the header; it is damaged")
+            return dict(pairs)
+
+        json.loads(raw, object_pairs_hook=unique)
+    return header
+
+
+def _checked(header: dict[str, Any], room: int, path: Path) -> dict[str, Info]:
+    problems = Problems(f"cannot read {path}")
+    tensors: dict[str, Info] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        try:
+            stored, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            size = math.prod(shape) * _ITEM[stored]
+            sound = type(start) is int and type(stop) is int and type(size) is int and min(shape, default=0) >= 0
+        except (KeyError, TypeError, ValueError):
+            problems.add(f"tensor {name!r}: its entry {str(entry)[:80]} has no known dtype, shape and data_offsets")
+            continue
+        if not sound or stop - start != size:
+            problems.add(f"tensor {name!r}: {stored} of shape {list(shape)} does not fill bytes {start} to {stop}")
+            continue
+        tensors[name] = (stored, shape, start, stop)
+        spans.append((start, stop, name))
+    spans.sort()
+    end = 0
+    for start, stop, name in spans:
+        if start != end:
+            problems.add(f"tensor {name!r} begins at byte {start}, expected {end}: a hole or an overlap")
+        end = stop
+    if end != room and not problems:
+        problems.add(f"the tensors need {end} bytes after the header, the file has {room}; it is cut short or padded")
+    problems.raise_any(FormatError)
+    return tensors

@@ -1,0 +1,61 @@
+"""Old PEFT adapters, ``adapter_model.bin``: a pickle, which only ``torch.load(weights_only=True)`` may touch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorastack.errors import FormatError, require
+from lorastack.factor import Factor
+
+_STORED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class TorchBin:
+    """The tensors of a pickled state dict, with the same face as `SafetensorsFile`.
+
+    Raises
+    ------
+    MissingDependencyError
+        Without torch.
+    FormatError
+        When torch refuses it: it is no state dict, or asks to run code.
+    """
+
+    def __init__(self, path: Path) -> None:
+        torch: Any = require("torch", "torch")
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises whatever its unpickler meets
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise FormatError(f"{path}: torch.load(weights_only=True) refuses it: {first}") from error
+        if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+            raise FormatError(f"{path}: it holds no state dict of tensors; save the adapter again with PEFT")
+        self._arrays = {str(name): _to_numpy(torch, tensor) for name, tensor in state.items()}
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        return self._arrays
+
+    def dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
+        array = self._arrays[name]
+        return _STORED.get(array.dtype.name, array.dtype.name), array.shape
+
+    def factor(self, name: str, allow_nonfinite: bool = False) -> Factor:
+        return Factor.of(self._arrays[name], f"{self.path}: tensor {name}", allow_nonfinite)
+
+
+def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        array = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    else:
+        array = tensor.numpy()
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,55 @@
+"""Where a path or a hub id lies on this machine, through ``huggingface_hub``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lorastack.errors import FormatError
+
+#: owner/name, then a folder inside, then a revision.
+_HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)((?:/[\w][\w.-]*)*)(?:@([\w][\w./-]*))?")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "*.gguf", "config.json")
+
+
+def resolve(given: str, subfolder: str | None = None, patterns: tuple[str, ...] = _ADAPTER_FILES) -> Path:
+    """The file or folder that ``given`` names; a hub id is fetched, or found in the cache when offline.
+
+    Raises
+    ------
+    FormatError
+        When there is no such path, and no such repository can be had.
+    """
+    local = Path(given).expanduser()
+    if local.exists():
+        return local if subfolder is None else _inside(local, subfolder)
+    match = _HUB_ID.fullmatch(given)
+    if not match or given.startswith((".", "/", "~")) or given.endswith((".gguf", ".safetensors", ".bin")):
+        raise FormatError(f"{given}: there is no such file or folder")
+    repository, inner, revision = match.groups()
+    inner = "/".join(part for part in (inner.strip("/"), subfolder) if part)
+    folder = _snapshot(given, repository, revision, [f"{inner}/{p}" if inner else p for p in patterns])
+    return _inside(folder, inner) if inner else folder
+
+
+def _inside(folder: Path, subfolder: str) -> Path:
+    path = folder / subfolder
+    if not path.exists():
+        there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        raise FormatError(f"{folder} has no {subfolder}; it has {', '.join(there[:20]) or 'nothing'}")
+    return path
+
+
+def _snapshot(given: str, repository: str, revision: str | None, patterns: list[str]) -> Path:
+    import huggingface_hub as hub
+
+    try:
+        return Path(
+            hub.snapshot_download(repository, revision=revision, allow_patterns=[*patterns, "*/adapter_config.json"])
+        )
+    except Exception as error:  # the client raises its own errors, and those of its HTTP library
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(
+            f"{given}: there is no such file or folder here, and the hub repository {repository}"
+            f"{'@' + revision if revision else ''} cannot be had: {first}"
+        ) from error

@@ -1,0 +1,269 @@
+"""LoraStack: adapters applied additively, ``output += scale_0 * LoRA_0(x) + scale_1 * LoRA_1(x) + ...``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from lorastack.adapter import LoadedLora, LoraAdapter
+from lorastack.delta import compute_dtype
+from lorastack.errors import ArgumentError, NamingError, UnknownNameError, UnsupportedError
+from lorastack.extras import KINDS, extras_at
+from lorastack.packed import PackedWeight, Term
+from lorastack.target import Naming, TargetModule
+
+_KIND_NAMES = {"gguf": "GGUF tensor names", "hf": "Hugging Face names", "own": "names of its own"}
+
+
+class Entry(NamedTuple):
+    """One pushed adapter: its name on this stack, the adapter, its scale."""
+
+    name: str
+    lora: LoadedLora
+    scale: float
+
+
+class LoraStack:
+    """Adapters with scales, applied as one sum.
+
+    Two lists: `push` takes a `LoadedLora` with a scale, found by weight name; `push_adapter` takes any
+    object that satisfies `LoraAdapter`, found by (target module, layer). The stack is the only object
+    here that changes; it may be read from several threads while nobody changes it. ``copy.copy`` copies
+    the lists and shares the weights.
+
+    Example
+    -------
+    >>> import numpy as np
+    >>> a, b = np.ones((1, 3), np.float32), np.ones((2, 1), np.float32)
+    >>> lora = LoadedLora.from_tensors({"layer.weight": (a, b)}, name="ones")
+    >>> stack = LoraStack([(lora, 0.5), (lora, 0.25)])
+    >>> stack.names
+    ('ones', 'ones#2')
+    >>> stack.apply("layer.weight", np.array([1, 2, 3], np.float32), out_features=2)
+    array([4.5, 4.5], dtype=float32)
+    """
+
+    def __init__(self, entries: Iterable[tuple[LoadedLora, float]] = ()) -> None:
+        self._entries: list[Entry] = []
+        self._adapters: list[LoraAdapter] = []
+        self._packs: dict[str, PackedWeight | None] = {}
+        for lora, scale in entries:
+            self.push(lora, scale)
+
+    def push(self, lora: LoadedLora, scale: float = 1.0) -> None:
+        """Put ``lora`` on top; ``scale`` multiplies the adapter's own scaling.
+
+        Raises
+        ------
+        NamingError
+            When its names are of another kind than those on the stack.
+        ArgumentError
+            When it is no `LoadedLora`, or the scale is not a finite number.
+        """
+        if not isinstance(lora, LoadedLora):
+            raise ArgumentError(
+                f"push() takes a LoadedLora, got {type(lora).__name__}; load a file with lorastack.load(path), "
+                "or use push_adapter() for an object with rank, alpha, target_modules and delta()"
+            )
+        if self._entries and lora.naming != self.naming:
+            there = self._entries[0]
+            raise NamingError(
+                f"{lora.name} has {_KIND_NAMES[lora.naming]}, {there.name} on this stack has "
+                f"{_KIND_NAMES[there.lora.naming]}; one stack holds one kind: convert one of them with "
+                "lorastack.convert_names(lora, base), or give --base to the command"
+            )
+        self._entries.append(Entry(self._free_name(lora.name), lora, _finite(scale)))
+        self._packs = {}
+
+    def push_adapter(self, adapter: LoraAdapter) -> None:
+        """Put any object that satisfies the `LoraAdapter` protocol on the second list."""
+        missing = [n for n in ("rank", "alpha", "target_modules", "delta") if not hasattr(adapter, n)]
+        if missing:
+            raise ArgumentError(f"{type(adapter).__name__} is no LoraAdapter: it lacks {', '.join(missing)}")
+        self._adapters.append(adapter)
+
+    def pop(self) -> tuple[LoadedLora, float] | None:
+        """Remove and return the last ``(lora, scale)``; None when there is none."""
+        if not self._entries:
+            return None
+        entry = self._entries.pop()
+        self._packs = {}
+        return entry.lora, entry.scale
+
+    def remove(self, name: str) -> tuple[LoadedLora, float]:
+        """Take out the entry of that adapter name and return it.
+
+        Raises
+        ------
+        UnknownNameError
+            A `LookupError` that lists the names there are.
+        """
+        position = self._position(name)
+        self._packs = {}
+        entry = self._entries.pop(position)
+        return entry.lora, entry.scale
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Give the entry of that adapter name another scale."""
+        position = self._position(name)
+        self._entries[position] = self._entries[position]._replace(scale=_finite(scale))
+        self._packs = {}
+
+    def clear(self) -> None:
+        """Remove everything, both lists."""
+        self._entries.clear()
+        self._adapters.clear()
+        self._packs = {}
+
+    @property
+    def entries(self) -> tuple[tuple[LoadedLora, float], ...]:
+        """``(lora, scale)`` of every entry, in the order pushed."""
+        return tuple((entry.lora, entry.scale) for entry in self._entries)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The entries' names, each once: a second ``zara`` is ``zara#2``."""
+        return tuple(entry.name for entry in self._entries)
+
+    @property
+    def adapters(self) -> tuple[LoraAdapter, ...]:
+        """What `push_adapter` put here, in order."""
+        return tuple(self._adapters)
+
+    @property
+    def naming(self) -> Naming | None:
+        """Whose weight names the entries have; None without entries."""
+        return self._entries[0].lora.naming if self._entries else None
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Every weight that some entry changes, in the order first seen."""
+        return tuple(dict.fromkeys(name for entry in self._entries for name in entry.lora.adapters))
+
+    def is_empty(self) -> bool:
+        """True when both lists are empty."""
+        return not self._entries and not self._adapters
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __bool__(self) -> bool:
+        return not self.is_empty()
+
+    def __copy__(self) -> LoraStack:
+        twin = LoraStack()
+        twin._entries = list(self._entries)
+        twin._adapters = list(self._adapters)
+        twin._packs = dict(self._packs)
+        return twin
+
+    def __repr__(self) -> str:
+        entries = ", ".join(f"{entry.name}:{entry.scale:g}" for entry in self._entries)
+        more = f" + {len(self._adapters)} by target and layer" if self._adapters else ""
+        return f"LoraStack([{entries}]{more})"
+
+    def terms(self, name: str) -> Iterator[Term]:
+        """``(scale, delta)`` of the entries that have the weight ``name``, in the order pushed.
+
+        The delta holds its own scaling. Everything built on a stack consumes these.
+        """
+        for entry in self._entries:
+            delta = entry.lora.get(name)
+            if delta is not None:
+                yield entry.scale, delta
+
+    def apply(self, tensor_name: str, x: np.ndarray, out_features: int) -> np.ndarray:
+        """``sum of scale_i * scaling_i * B_i @ A_i @ x`` over the entries; the caller adds it to the base's output.
+
+        Parameters
+        ----------
+        tensor_name
+            The weight, by the name the adapters know it by. Adapters without it are skipped.
+        x
+            ``[in]`` or ``[..., in]``, any float dtype; integer ids for an embedding.
+        out_features
+            Length of the output, for the zeros when no adapter has that weight, and as a check.
+
+        Returns
+        -------
+        numpy.ndarray
+            ``[..., out_features]``, float32, or float64 for float64 input.
+
+        Raises
+        ------
+        ShapeError
+            When an adapter with that weight does not fit x or ``out_features``.
+        UnsupportedError
+            When an adapter changes that weight in more ways than a low-rank update (DoRA, a bias, ...).
+        NonFiniteError
+            When a factor holds NaN or Inf, listing each.
+        """
+        if type(x) is not np.ndarray:
+            x = np.asarray(x)
+        packs = self._packs
+        if tensor_name in packs:
+            pack = packs[tensor_name]
+        else:
+            pack = packs[tensor_name] = self._pack(tensor_name)
+        if pack is None:
+            lead = x.shape if x.dtype.kind in "iu" else x.shape[:-1]
+            return np.zeros((*lead, out_features), compute_dtype(x))
+        return pack.apply(x, out_features)
+
+    def applied_delta(self, target: TargetModule | str, layer: int, x: np.ndarray) -> np.ndarray | None:
+        """``sum of (alpha_i / rank_i) * delta_i(x)`` over the adapters of the second list.
+
+        None when no adapter covers (target, layer). Shapes and dtypes as in `apply`.
+        """
+        target = TargetModule.of(target)
+        total: np.ndarray | None = None
+        for adapter in self._adapters:
+            delta = adapter.delta(target, layer)
+            if delta is None:
+                continue
+            part = delta.apply(x, adapter.alpha / adapter.rank)
+            total = part if total is None else total + part
+        return total
+
+    def _pack(self, name: str) -> PackedWeight | None:
+        found = [(entry, entry.lora.get(name)) for entry in self._entries]
+        terms = [(entry.scale, delta) for entry, delta in found if delta is not None]
+        unmet = [
+            f"{entry.name}: {name} has {KINDS[kind]}"
+            for entry, _ in found
+            for kind in extras_at(entry.lora.extras, name)
+        ]
+        if unmet:
+            raise UnsupportedError(
+                "apply() adds low-rank updates only; attach the stack to a model with lorastack.torch, "
+                "or take the adapter out",
+                unmet,
+            )
+        names = [entry.name for entry, delta in found if delta is not None]
+        return PackedWeight(terms, names) if terms else None
+
+    def _position(self, name: str) -> int:
+        for position, entry in enumerate(self._entries):
+            if entry.name == name:
+                return position
+        there = ", ".join(self.names) or "none"
+        raise UnknownNameError(f"no adapter named {name!r} on this stack; there are: {there}")
+
+    def _free_name(self, name: str) -> str:
+        taken = set(self.names)
+        if name not in taken:
+            return name
+        return next(f"{name}#{n}" for n in range(2, len(taken) + 3) if f"{name}#{n}" not in taken)
+
+
+def _finite(scale: float) -> float:
+    try:
+        scale = float(scale)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"a scale is a number, got {scale!r}") from error
+    if not math.isfinite(scale):
+        raise ArgumentError(f"a scale is a finite number, got {scale}")
+    return scale
