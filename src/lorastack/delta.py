@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -182,8 +182,8 @@ class LoraDelta:
 
 def misfit(a: tuple[int, ...], b: tuple[int, ...], kind: Kind) -> str | None:
     """Say why factors of these shapes are not an update of this kind; None when they are."""
-    if kind not in get_args(Kind):
-        raise ArgumentError(f"kind {kind!r} is not one of {', '.join(get_args(Kind))}")
+    if kind not in _NDIM:
+        raise ArgumentError(f"kind {kind!r} is not one of {', '.join(_NDIM)}")
     shapes = f"lora_A is {a} and lora_B is {b}"
     if len(a) not in _NDIM[kind] or len(b) != len(a):
         wanted = " or ".join(str(n) for n in _NDIM[kind])

@@ -20,7 +20,7 @@ def resolve(given: str, subfolder: str | None = None, patterns: tuple[str, ...] 
     FormatError
         When there is no such path, and no such repository can be had.
     """
-    local = Path(given).expanduser()
+    local = Path(given).expanduser() if given.startswith("~") else Path(given)
     if local.exists():
         return local if subfolder is None else _inside(local, subfolder)
     match = _HUB_ID.fullmatch(given)

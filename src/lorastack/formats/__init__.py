@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from lorastack.adapter import LoadedLora
 from lorastack.errors import FormatError
 from lorastack.formats import gguf, peft
-from lorastack.formats.peft_config import CONFIG_NAME
+from lorastack.formats.peft_config import CONFIG_NAME, read_config
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.hub import resolve
 
@@ -45,10 +46,10 @@ def load(
     FormatError
         Listing everything that is wrong with the file.
     """
-    given = str(path)
+    given = os.fspath(path)
     where = resolve(given, subfolder)
-    if name is None and not Path(given).exists():
-        name = subfolder or given.partition("@")[0].rpartition("/")[2]
+    if name is None and where.parts[-2:-1] == ("snapshots",):
+        name = given.partition("@")[0].rpartition("/")[2]  # the cache names a snapshot's folder by its hash
     if where.is_dir():
         return _load_folder(where, name, allow_nonfinite, ignore)
     return _load_file(where, name, allow_nonfinite, ignore)
@@ -56,8 +57,7 @@ def load(
 
 def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:
     if (folder / CONFIG_NAME).is_file():
-        _refuse_mlx(folder)
-        return peft.load(folder, name, allow_nonfinite, ignore)
+        return peft.load(folder, _peft_config(folder), name, allow_nonfinite, ignore)
     files = sorted(p for p in folder.iterdir() if p.suffix in (".gguf", ".safetensors") and p.is_file())
     if len(files) == 1 and not (folder / "config.json").exists():
         return _load_file(files[0], name, allow_nonfinite, ignore)
@@ -88,7 +88,9 @@ def _load_file(path: Path, name: str | None, allow_nonfinite: bool, ignore: Coll
         raise FormatError(f"{path}: it is empty; fetch it again")
     weights = SafetensorsFile(path)
     if any(key.startswith(peft.PREFIX) for key in weights.tensors) and (path.parent / CONFIG_NAME).is_file():
-        return peft.load(path.parent, name or path.stem, allow_nonfinite, ignore, weights=path)
+        return peft.load(
+            path.parent, _peft_config(path.parent), name or path.stem, allow_nonfinite, ignore, weights=path
+        )
     raise FormatError(f"{path}: it is {_describe(list(weights.tensors))}")
 
 
@@ -107,16 +109,11 @@ def _describe(keys: list[str]) -> str:
     return f"no LoRA adapter: {len(keys)} tensors such as {', '.join(keys[:3]) or 'none'}"
 
 
-def _refuse_mlx(folder: Path) -> None:
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_bytes())
-    except (ValueError, RecursionError):
-        return  # the PEFT reader says what is wrong with it
-    if (
-        isinstance(config, dict)
-        and "peft_type" not in config
-        and ("lora_parameters" in config or "fine_tune_type" in config)
-    ):
+def _peft_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json as PEFT writes it; MLX has a file of the same name."""
+    raw = read_config(folder)
+    if "peft_type" not in raw and ("lora_parameters" in raw or "fine_tune_type" in raw):
         raise FormatError(
             f"{folder}: it is an MLX adapter (lora_parameters), which is not read yet; convert it to PEFT"
         )
+    return raw

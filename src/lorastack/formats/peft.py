@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +14,7 @@ from lorastack.adapter import LazyDeltas, LoadedLora
 from lorastack.delta import Kind, LoraDelta, misfit
 from lorastack.errors import FormatError, Problems
 from lorastack.factor import Factor
-from lorastack.formats.peft_config import CONFIG_NAME, PeftConfig, parse_config, read_config
+from lorastack.formats.peft_config import CONFIG_NAME, PeftConfig, parse_config
 from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
 from lorastack.formats.torch_bin import TorchBin
 
@@ -26,19 +27,20 @@ Tensors = SafetensorsFile | TorchBin
 
 def load(
     folder: Path,
+    raw: dict[str, Any],
     name: str | None = None,
     allow_nonfinite: bool = False,
     ignore: Collection[str] = (),
     weights: Path | None = None,
 ) -> LoadedLora:
-    """Open a PEFT folder: config and header are checked and read, the factors stay in the mapped file.
+    """Open a PEFT folder: config and header are checked, the factors stay in the mapped file.
 
-    ``weights`` names the safetensors file when it is not the usual one.
+    ``raw`` is the content of its adapter_config.json; ``weights`` names the safetensors file when it is
+    not the usual one.
     """
     label = str(folder / CONFIG_NAME)
     problems = Problems(f"cannot load {folder}")
-    raw = read_config(folder, ignore)
-    config = parse_config(raw, label, problems)
+    config = parse_config(raw, label, problems, ignore)
     if config is None:
         problems.raise_any(FormatError)
     assert config is not None
@@ -47,7 +49,7 @@ def load(
     sorter.sort()
     problems.raise_any(FormatError)
     return LoadedLora(
-        name=name or folder.resolve().name,
+        name=name or os.path.basename(os.path.abspath(folder)),
         adapters=LazyDeltas(sorter.recipes, sorter.build),
         extras=MappingProxyType(sorter.extras),
         metadata=MappingProxyType(raw),
@@ -58,10 +60,10 @@ def load(
 
 
 def _open_tensors(folder: Path) -> Tensors:
-    if (folder / WEIGHTS).is_file():
-        return SafetensorsFile(folder / WEIGHTS)
-    if (folder / OLD_WEIGHTS).is_file():
-        return TorchBin(folder / OLD_WEIGHTS)
+    if (path := folder / WEIGHTS).is_file():
+        return SafetensorsFile(path)
+    if (path := folder / OLD_WEIGHTS).is_file():
+        return TorchBin(path)
     raise FormatError(f"{folder}: it has {CONFIG_NAME}, but neither {WEIGHTS} nor {OLD_WEIGHTS}; fetch it whole")
 
 
@@ -87,34 +89,57 @@ class _Sorter:
         self.extras: dict[str, dict[str, Any]] = {}
 
     def sort(self) -> None:
+        rest: list[str] = []
+        b_keys = 0
+        tensors, recipes = self.tensors.tensors, self.recipes
+        config = self.config
+        rank, scaling = config.rank, config.scaling_of("")
+        plain = config.uniform and not config.target_parameters
+        # Most of opening a file is this loop, so what nearly every key is comes first and is checked in place.
+        for key, (dtype, shape, _, _) in tensors.items():
+            if key.endswith(".lora_B.weight"):
+                b_keys += 1
+            elif plain and key.endswith(".lora_A.weight") and key.startswith(PREFIX):
+                other = tensors.get(key_b := key[:-13] + "lora_B.weight")
+                if (
+                    other is not None
+                    and len(shape) == 2 == len(other[1])
+                    and shape[0] == rank == other[1][1]
+                    and dtype in FLOATS
+                    and other[0] in FLOATS
+                    and shape[1]
+                    and other[1][0]
+                ):
+                    recipes[key[17:-13] + "weight"] = (key, key_b, scaling, "linear", rank)
+                else:
+                    rest.append(key)
+            else:
+                rest.append(key)
+        if rest or b_keys != len(recipes):
+            self._sort_rest(rest)
+        self._check_extras()
+        if not recipes and not self.problems:
+            self.problems.add(f"{self.tensors.path}: it has no lora_A/lora_B tensors, so it would change nothing")
+
+    def _sort_rest(self, rest: list[str]) -> None:
+        """What the fast loop left: unusual modules, extras, halves without the other, foreign tensors."""
+        paired = {recipe[1] for recipe in self.recipes.values()}
+        rest += [key for key in self.tensors.tensors if key.endswith(".lora_B.weight") and key not in paired]
         parts: dict[str, dict[str, str]] = {"a": {}, "b": {}, "embedding_a": {}, "embedding_b": {}}
-        a, b = parts["a"], parts["b"]
-        rest: list[tuple[str, str]] = []
-        for key in self.tensors.tensors:
+        others: list[tuple[str, str]] = []
+        for key in rest:
             if not key.startswith(PREFIX):
                 self._refuse(key)
-            elif key.endswith(".lora_A.weight"):  # the two common cases first: this loop is most of opening a file
-                a[key[17:-14]] = key
-            elif key.endswith(".lora_B.weight"):
-                b[key[17:-14]] = key
+                continue
+            part, module = _split(key[17:])
+            if part in parts:
+                parts[part][module] = key
             else:
-                part, module = _split(key[17:])
-                if part in parts:
-                    parts[part][module] = key
-                else:
-                    rest.append((key, part))
-        self._pair(a, b, ("lora_A", "lora_B"), embedding=False)
-        self._pair(
-            parts["embedding_a"],
-            parts["embedding_b"],
-            ("lora_embedding_A", "lora_embedding_B"),
-            embedding=True,
-        )
-        for key, part in rest:
+                others.append((key, part))
+        self._pair(parts["a"], parts["b"], ("lora_A", "lora_B"), embedding=False)
+        self._pair(parts["embedding_a"], parts["embedding_b"], ("lora_embedding_A", "lora_embedding_B"), embedding=True)
+        for key, part in others:
             self._extra(key, part)
-        self._check_extras()
-        if not self.recipes and not self.problems:
-            self.problems.add(f"{self.tensors.path}: it has no lora_A/lora_B tensors, so it would change nothing")
 
     def build(self, _: str, recipe: tuple[str, str, float, Kind, int]) -> LoraDelta:
         key_a, key_b, scaling, kind, rank = recipe
@@ -128,23 +153,18 @@ class _Sorter:
         for module in a.keys() ^ b.keys():
             has, lacks = names if module in a else names[::-1]
             self.problems.add(f"{where}: module {module} has {has} but no {lacks}; save the adapter again")
-        config = self.config
-        uniform = config.uniform and not config.target_parameters
-        rank, scaling = config.rank, config.scaling_of("")
-        look = self.tensors.dtype_and_shape
         for module, key_a in a.items():
             key_b = b.get(module)
             if key_b is None:
                 continue
-            (dtype_a, shape_a), (dtype_b, shape_b) = look(key_a), look(key_b)
-            if not uniform:
-                rank, scaling = config.rank_of(module), config.scaling_of(module)
+            (dtype_a, shape_a, *_), (dtype_b, shape_b, *_) = self.tensors.tensors[key_a], self.tensors.tensors[key_b]
+            rank, scaling = self.config.rank_of(module), self.config.scaling_of(module)
             for key, dtype in ((key_a, dtype_a), (key_b, dtype_b)):
                 if dtype not in FLOATS:
                     self.problems.add(f"{where}: tensor {key} is {dtype}, expected a float type")
             kind: Kind = "embedding" if embedding else "linear" if len(shape_a) == 2 else "conv"
             weight = module + ".weight"
-            if config.target_parameters and (found := self._parameter(module, a)):
+            if self.config.target_parameters and (found := self._parameter(module, a)):
                 weight, kind = found, "experts" if shape_a and shape_a[0] != rank else "linear"
             self._check_shapes(module, shape_a, shape_b, rank, kind)
             self.recipes[weight] = (key_a, key_b, scaling, kind, rank)
@@ -215,7 +235,7 @@ class _Sorter:
             self.extras.setdefault(kind, {})[own] = factor
 
     def _float_factor(self, key: str) -> Factor | None:
-        dtype, _ = self.tensors.dtype_and_shape(key)
+        dtype = self.tensors.tensors[key][0]
         if dtype in FLOATS:
             return self.tensors.factor(key, self.allow)
         self.problems.add(f"{self.tensors.path}: tensor {key} is {dtype}, expected a float type")

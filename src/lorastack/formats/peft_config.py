@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from lorastack.errors import FormatError, Problems
 
@@ -76,20 +77,23 @@ def _first_hit(pattern: dict[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def read_config(folder: Path, ignore: Collection[str] = ()) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """The JSON object in the folder's adapter_config.json."""
     path = folder / CONFIG_NAME
     try:
-        raw = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        raw = orjson.loads(path.read_bytes())
+    except ValueError as error:
         raise FormatError(f"{path}: it is no JSON ({error}); fetch it again") from error
     if not isinstance(raw, dict):
         raise FormatError(f"{path}: it is no JSON object; fetch it again")
-    return {key: value for key, value in raw.items() if key not in ignore}
+    return raw
 
 
-def parse_config(raw: dict[str, Any], label: str, problems: Problems) -> PeftConfig | None:
+def parse_config(
+    raw: dict[str, Any], label: str, problems: Problems, ignore: Collection[str] = ()
+) -> PeftConfig | None:
     """Check every field; adds what is wrong to ``problems`` and returns None when the rest has no meaning."""
+    raw = {key: value for key, value in raw.items() if key not in ignore} if ignore else raw
     kind = raw.get("peft_type")
     if kind != "LORA":
         problems.add(f"{label}: peft_type is {kind!r}, only 'LORA' is a LoRA adapter; use PEFT itself for others")

@@ -2,17 +2,17 @@
 
 The ``safetensors`` package gives NumPy no bfloat16 and does not say where a tensor lies, so the header
 is read here, with the package's own rules (safetensors/src/tensor.rs: at most 100 MB, every offset in
-order, no hole, no overlap, no byte left over).
+order, no hole, no overlap, no byte left over). Parsing it is what opening a file costs, so ``orjson`` does it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from lorastack.errors import FormatError, Problems
 from lorastack.factor import Factor
@@ -52,11 +52,9 @@ class SafetensorsFile:
         if not isinstance(metadata, dict):
             raise FormatError(f"{path}: __metadata__ in the header is no object; the file is damaged")
         self.metadata: dict[str, str] = metadata
-        self.tensors: dict[str, Info] = _checked(header, size - self._start, path)
+        room = size - self._start
+        self.tensors: dict[str, Info] = _in_order(header, room) or _checked(header, room, path)
         self._map: np.ndarray | None = None
-
-    def dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
-        return self.tensors[name][:2]
 
     def factor(self, name: str, allow_nonfinite: bool = False) -> Factor:
         """The tensor as a `Factor` that reads from the mapped file."""
@@ -88,22 +86,53 @@ def numpy_dtype(stored: str) -> np.dtype:
 
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        header = orjson.loads(raw)
+    except ValueError as error:
         raise FormatError(f"{path}: its header is no JSON ({error}); it is damaged or no safetensors file") from error
     if not isinstance(header, dict):
         raise FormatError(f"{path}: its header is no JSON object; it is no safetensors file")
-    # A name given twice would silently lose one of the two; json keeps the last.
+    # A name given twice would silently lose one of the two: the parser keeps the last.
     if raw.count(b'"data_offsets"') != len(header) - ("__metadata__" in header):
-
-        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            if len(dict(pairs)) != len(pairs):
-                twice = {key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1}
-                raise FormatError(f"{path}: {sorted(twice)[:3]} appears twice in the header; it is damaged")
-            return dict(pairs)
-
-        json.loads(raw, object_pairs_hook=unique)
+        _refuse_twins(raw, path)
     return header
+
+
+def _refuse_twins(raw: bytes, path: Path) -> None:
+    """Raise when an object in the header has a key twice; the standard parser can tell."""
+    import json
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            names = [key for key, _ in pairs]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise FormatError(f"{path}: {twice[:3]} appears twice in the header; it is damaged")
+        return dict(pairs)
+
+    json.loads(raw, object_pairs_hook=unique)
+
+
+def _in_order(header: dict[str, Any], room: int) -> dict[str, Info] | None:
+    """The entries of a sound file whose header is in the order of its data, as every writer leaves it.
+
+    This loop is half the cost of opening a file. None when anything is unusual: `_checked` then says what.
+    """
+    tensors: dict[str, Info] = {}
+    end = 0
+    try:
+        for name, entry in header.items():
+            stored, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            size = _ITEM[stored]
+            for n in shape:
+                if type(n) is not int or n < 0:
+                    return None
+                size *= n
+            if start != end or type(start) is not int or type(stop) is not int or stop - start != size:
+                return None
+            tensors[name] = (stored, tuple(shape), start, stop)
+            end = stop
+    except (KeyError, TypeError, ValueError):
+        return None
+    return tensors if end == room else None
 
 
 def _checked(header: dict[str, Any], room: int, path: Path) -> dict[str, Info]:
@@ -113,8 +142,8 @@ def _checked(header: dict[str, Any], room: int, path: Path) -> dict[str, Info]:
     for name, entry in header.items():
         try:
             stored, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            size = math.prod(shape) * _ITEM[stored]
-            sound = type(start) is int and type(stop) is int and type(size) is int and min(shape, default=0) >= 0
+            sound = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+            size = math.prod(shape) * _ITEM[stored] if sound else -1
         except (KeyError, TypeError, ValueError):
             problems.add(f"tensor {name!r}: its entry {str(entry)[:80]} has no known dtype, shape and data_offsets")
             continue

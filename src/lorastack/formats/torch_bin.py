@@ -9,6 +9,7 @@ import numpy as np
 
 from lorastack.errors import FormatError, require
 from lorastack.factor import Factor
+from lorastack.formats.safetensors_file import Info
 
 _STORED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -36,14 +37,10 @@ class TorchBin:
         if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
             raise FormatError(f"{path}: it holds no state dict of tensors; save the adapter again with PEFT")
         self._arrays = {str(name): _to_numpy(torch, tensor) for name, tensor in state.items()}
-
-    @property
-    def tensors(self) -> dict[str, np.ndarray]:
-        return self._arrays
-
-    def dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
-        array = self._arrays[name]
-        return _STORED.get(array.dtype.name, array.dtype.name), array.shape
+        self.tensors: dict[str, Info] = {
+            name: (_STORED.get(array.dtype.name, array.dtype.name), array.shape, 0, array.nbytes)
+            for name, array in self._arrays.items()
+        }
 
     def factor(self, name: str, allow_nonfinite: bool = False) -> Factor:
         return Factor.of(self._arrays[name], f"{self.path}: tensor {name}", allow_nonfinite)

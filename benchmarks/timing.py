@@ -1,0 +1,44 @@
+"""Interleaved timing: every contender in turn, many rounds, medians of ratios with their spread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+
+def interleave(
+    contenders: dict[str, Callable[[], object]], rounds: int = 40, budget: float = 0.005
+) -> dict[str, list[float]]:
+    """Seconds per call of each contender, one list entry per round.
+
+    Each round runs every contender for about ``budget`` seconds; the machine's drift then meets all alike.
+    """
+    loops = {}
+    for name, call in contenders.items():
+        call()
+        start = time.perf_counter()
+        call()
+        loops[name] = max(1, int(budget / max(time.perf_counter() - start, 1e-9)))
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            for _ in range(loops[name]):
+                call()
+            seconds[name].append((time.perf_counter() - start) / loops[name])
+    return seconds
+
+
+def ratio(a: list[float], b: list[float]) -> str:
+    """Median of a/b round by round, with its quartiles."""
+    ratios = sorted(x / y for x, y in zip(a, b, strict=True))
+    quarter = len(ratios) // 4
+    return f"{median(ratios):.2f} ({ratios[quarter]:.2f} to {ratios[-quarter - 1]:.2f})"
+
+
+def show(title: str, seconds: dict[str, list[float]], against: str) -> None:
+    """Print each contender's median time and its ratio to ``against``."""
+    print(title)
+    for name, values in seconds.items():
+        print(f"  {name:42} {median(values) * 1e6:10.1f} us   x {ratio(values, seconds[against])}")

@@ -1,0 +1,62 @@
+"""``lorastack apply``: the sum of the updates at one weight, applied to an array."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from lorastack.cli.app import Adapters, AllowNonfinite, Force, Ignore, app
+from lorastack.errors import ArgumentError, UnknownNameError
+from lorastack.files import check_output, whole_output
+from lorastack.recipe import load_stack
+from lorastack.stack import LoraStack
+
+
+@app.command()
+def apply(
+    adapters: Adapters,
+    tensor: Annotated[str, typer.Option("--tensor", "-t", metavar="NAME", help="The weight, by its own name.")],
+    source: Annotated[Path, typer.Option("--input", "-i", metavar="X.npy", help="The input, [..., in].")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="Y.npy", help="Where the sum goes, [..., out].")],
+    force: Force = False,
+    allow_nonfinite: AllowNonfinite = False,
+    ignore: Ignore = None,
+) -> None:
+    """Apply the stack's sum at one weight to an array: `sum of scale * scaling * B @ A @ x`.
+
+    Examples:
+
+    `lorastack apply zara.gguf:0.7 excited.gguf:0.3 --tensor blk.0.attn_q.weight --input x.npy -o y.npy`
+
+    `lorastack apply ./zara ./robot:0.5 -t model.layers.0.self_attn.q_proj.weight -i x.npy -o y.npy`
+    """
+    check_output(output, force)
+    stack = load_stack(adapters, allow_nonfinite=allow_nonfinite, ignore=ignore or ())
+    x = _read_array(source)
+    y = stack.apply(tensor, x, _out_features(stack, tensor))
+    with whole_output(output, force) as path, path.open("wb") as file:
+        np.save(file, y)
+    covering = sum(tensor in lora.adapters for lora, _ in stack.entries)
+    typer.echo(f"{output}: {y.dtype} {list(y.shape)}, the sum of {covering} of {len(stack)} adapters at {tensor}")
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ArgumentError(f"{path}: cannot be read as a .npy array: {error}") from error
+
+
+def _out_features(stack: LoraStack, tensor: str) -> int:
+    """The output's length as the adapters have it; a name that none has is a mistake on a command line."""
+    for _, delta in stack.terms(tensor):
+        return delta.out_features
+    import difflib
+
+    near = difflib.get_close_matches(tensor, stack.weights, n=3, cutoff=0.3) or list(stack.weights[:3])
+    raise UnknownNameError(
+        f"no adapter has a weight {tensor!r}; the nearest of {len(stack.weights)} are: {', '.join(near)}"
+    )
