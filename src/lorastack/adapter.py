@@ -106,6 +106,8 @@ class LoadedLora:
     naming: Naming = "own"
     source: Path | None = None
     file_alpha: float | None = None
+    #: What views changed since it was loaded, for the recipe of what is made of it.
+    history: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> LoadedLora:
@@ -270,7 +272,14 @@ class LoadedLora:
             self,
             adapters=LazyDeltas(dict.fromkeys(kept), lambda name, _: self.adapters[name]),
             extras=MappingProxyType(extras),
+            history=(*self.history, ("select", _pattern_text(pattern))),
         )
+
+    def without_extras(self, *kinds: str) -> LoadedLora:
+        """A view without the extras of these kinds (of any kind, when none is named), by the caller's own will."""
+        kept = {kind: values for kind, values in self.extras.items() if kinds and kind not in kinds}
+        dropped = sorted(set(self.extras) - set(kept))
+        return replace(self, extras=MappingProxyType(kept), history=(*self.history, ("without_extras", dropped)))
 
     def scaled(self, factors: float | Mapping[Pattern, float]) -> LoadedLora:
         """A view with the scaling of some weights multiplied: ``{pattern: factor}``, the first match counts.
@@ -286,7 +295,12 @@ class LoadedLora:
             first = ", ".join(list(self.adapters)[:3])
             raise ArgumentError(f"{self.name}: no weight matches {dead}; its weights are named like {first}")
         found = {name: next((f for p, f in table.items() if matches(p, name)), 1.0) for name in self.adapters}
-        return replace(self, adapters=LazyDeltas(found, lambda name, f: self.adapters[name].scaled(f)))
+        said = {_pattern_text(p): f for p, f in table.items()}
+        return replace(
+            self,
+            adapters=LazyDeltas(found, lambda name, f: self.adapters[name].scaled(f)),
+            history=(*self.history, ("scaled", said)),
+        )
 
     def renamed(self, name: str) -> LoadedLora:
         """The same adapter under another name."""
@@ -309,3 +323,7 @@ def matches(pattern: Pattern, name: str) -> bool:
     if isinstance(pattern, str):
         return fnmatchcase(name, pattern)
     return pattern.fullmatch(name) is not None
+
+
+def _pattern_text(pattern: Pattern) -> str:
+    return pattern if isinstance(pattern, str) else pattern.pattern

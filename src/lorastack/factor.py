@@ -66,21 +66,27 @@ class Factor:
             When a value is NaN or Inf and ``allow_nonfinite`` was not given.
         """
         if self._array is None:
-            array = self._read()
-            if not self.allow_nonfinite:
-                bad = nonfinite_count(array)
-                if bad:
-                    raise NonFiniteError(
-                        f"{self.label}: {bad} of {array.size} values are NaN or Inf; "
-                        "train or save the adapter again, or load it with allow_nonfinite=True"
-                    )
+            array = self.take()
             array.flags.writeable = False
             self._array = array
         return self._array
 
+    def take(self) -> np.ndarray:
+        """The numbers as `array` gives them, without keeping them: for one pass over a large file."""
+        if self._array is not None:
+            return self._array
+        array = self._read()
+        bad = 0 if self.allow_nonfinite else nonfinite_count(array)
+        if bad:
+            raise NonFiniteError(
+                f"{self.label}: {bad} of {array.size} values are NaN or Inf; "
+                "train or save the adapter again, or load it with allow_nonfinite=True"
+            )
+        return array
+
     def mapped(self, change: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> Factor:
         """The same factor with ``change`` (a transpose, a reshape, a row permutation) applied when read."""
-        return Factor(shape, self.dtype, lambda: change(self.array), self.label, self.allow_nonfinite, self.stored)
+        return Factor(shape, self.dtype, lambda: change(self.take()), self.label, self.allow_nonfinite, self.stored)
 
 
 def nonfinite_count(array: np.ndarray) -> int:

@@ -1,0 +1,184 @@
+"""GGUF names <-> Hugging Face names, with the rows that the conversion moves.
+
+The names come from ``gguf``'s own tensor name map, which is many to one: towards GGUF it is used as it
+is, towards Hugging Face the base's own key list is mapped forward and inverted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+import gguf
+import numpy as np
+
+from lorastack.adapter import LazyDeltas, LoadedLora
+from lorastack.base.architectures import Architecture, architecture_of, row_order
+from lorastack.base.model import BaseModel, open_base
+from lorastack.delta import LoraDelta
+from lorastack.errors import NamingError, Problems, UnsupportedError
+from lorastack.factor import Factor
+from lorastack.target import Naming
+
+
+def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = None) -> LoadedLora:
+    """The same adapter under the other kind of names, its rows in that kind's order. Nothing is copied.
+
+    Parameters
+    ----------
+    base
+        The model it was trained on: a Hugging Face folder, a hub id, or a GGUF file. From GGUF names to
+        Hugging Face names it must be a Hugging Face base, whose key list the names come from.
+    to
+        ``"gguf"`` or ``"hf"``; the other kind than the adapter's when not given.
+
+    Raises
+    ------
+    NamingError
+        Listing every weight that has no place in the base.
+    UnsupportedError
+        When the architecture's row order is not known, or an extra cannot be converted.
+    """
+    base = base if isinstance(base, BaseModel) else open_base(base)
+    to = to or ("hf" if lora.naming == "gguf" else "gguf")
+    if lora.naming == to:
+        return lora
+    if lora.naming == "own":
+        raise NamingError(f"{lora.name} has names of its own; only GGUF and Hugging Face names can be converted")
+    arch = base.architecture
+    _check_architecture(lora, base, arch)
+    names = to_gguf_names(lora, base) if to == "gguf" else to_hf_names(lora, base)
+
+    def rows(old: str) -> Any:
+        gguf_name = names[old] if to == "gguf" else old
+        return row_order(arch, gguf_name, base.heads, base.kv_heads, to)
+
+    back = {new: old for old, new in names.items()}
+
+    def build(new: str, old: str) -> LoraDelta:
+        return move_rows(lora.adapters[old], rows(old))
+
+    metadata = {"general.architecture": arch.gguf} if to == "gguf" else _hf_metadata(base)
+    return replace(
+        lora,
+        adapters=LazyDeltas(back, build),
+        extras=MappingProxyType(_convert_extras(lora, names, rows)),
+        metadata=MappingProxyType(metadata),
+        naming=to,
+        history=(*lora.history, ("names", to)),
+    )
+
+
+def move_rows(delta: LoraDelta, permute: Any) -> LoraDelta:
+    """``delta`` with the rows of its lora_B moved."""
+    if permute is None:
+        return delta
+    a, b = delta.factors
+    return LoraDelta(a, b.mapped(permute, b.shape), delta.scaling, delta.kind)
+
+
+def to_gguf_names(lora: LoadedLora, base: BaseModel) -> dict[str, str]:
+    """Hugging Face name -> GGUF name of every weight; NamingError lists those that have none."""
+    table = _name_map(base.architecture.gguf, base.layers)
+    problems = Problems(f"{lora.name} does not fit base {base.name}")
+    names: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for name in lora.adapters:
+        found = table.get_name(name, try_suffixes=(".weight",))
+        if found is None:
+            problems.add(f"weight {name} has no GGUF name in architecture {base.architecture.gguf}")
+        elif found in taken:
+            problems.add(f"weights {taken[found]} and {name} are both {found}")
+        elif base.naming == "gguf" and found not in base.shapes:
+            problems.add(f"weight {name} is {found}, which the base lacks")
+        else:
+            names[name] = found
+            taken[found] = name
+    problems.raise_any(NamingError)
+    return names
+
+
+def to_hf_names(lora: LoadedLora, base: BaseModel) -> dict[str, str]:
+    """GGUF name -> the base's own key of every weight; NamingError lists those that have none."""
+    if base.naming != "hf":
+        raise NamingError(
+            f"{lora.name} has GGUF names; Hugging Face names come from the key list of a Hugging Face base, and "
+            f"{base.name} is a GGUF file: give the folder or hub id it was converted from"
+        )
+    known = hf_keys(base)
+    problems = Problems(f"{lora.name} does not fit base {base.name}")
+    names: dict[str, str] = {}
+    for name in lora.adapters:
+        if name in known:
+            names[name] = known[name]
+        elif name.removesuffix(".weight").endswith("_exps"):
+            problems.add(f"weight {name} is of experts, which this base keeps one by one; attach it to the live model")
+        else:
+            problems.add(f"weight {name} is none of the base's {len(base.shapes)} weights")
+    problems.raise_any(NamingError)
+    return names
+
+
+def hf_keys(base: BaseModel) -> dict[str, str]:
+    """GGUF name -> the base's own key, for every key that has a GGUF name."""
+    arch = base.architecture
+    table = _name_map(arch.gguf, base.layers)
+    prefixed = any(key.startswith(arch.prefix + ".") for key in base.shapes)
+    known: dict[str, str] = {}
+    for key in base.shapes:
+        found = table.get_name(key, try_suffixes=(".weight",))
+        if found:
+            own_head = key.startswith(("lm_head", "embed_out"))
+            known[found] = key if prefixed or own_head else f"{arch.prefix}.{key}"
+    return known
+
+
+@lru_cache(maxsize=8)
+def _name_map(arch: str, layers: int) -> gguf.TensorNameMap:
+    number = next(n for n, text in gguf.MODEL_ARCH_NAMES.items() if text == arch)
+    return gguf.get_tensor_name_map(number, layers)
+
+
+def _check_architecture(lora: LoadedLora, base: BaseModel, arch: Architecture) -> None:
+    said = lora.metadata.get("general.architecture")
+    if lora.naming == "gguf" and said is not None and architecture_of(said, "gguf").gguf != arch.gguf:
+        raise NamingError(f"{lora.name} is for architecture {said!r}, base {base.name} is {arch.gguf!r}")
+
+
+def _hf_metadata(base: BaseModel) -> dict[str, Any]:
+    return {
+        "base_model_name_or_path": base.name,
+        "fan_in_fan_out": base.architecture_name == "GPT2LMHeadModel",
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def _convert_extras(lora: LoadedLora, names: Mapping[str, str], rows: Any) -> dict[str, dict[str, Any]]:
+    """Extras by weight move with it; others are the user's to drop."""
+    converted: dict[str, dict[str, Any]] = {}
+    lost: list[str] = []
+    for kind, values in lora.extras.items():
+        if kind in ("dora", "lora_bias"):
+            converted[kind] = {names[name]: _rows_of(factor, rows(name)) for name, factor in values.items()}
+        elif kind == "alora":
+            converted[kind] = dict(values)
+        elif kind != "base_weight":  # which changes nothing
+            lost += [f"{kind}: {name}" for name in values]
+    if lost:
+        raise UnsupportedError(
+            f"{lora.name} has extras whose names cannot be converted; leave them out with without_extras()", lost
+        )
+    return converted
+
+
+def _rows_of(factor: Factor, permute: Any) -> Factor:
+    if permute is None:
+        return factor
+
+    def change(array: np.ndarray) -> np.ndarray:
+        return permute(array.reshape(-1)).reshape(array.shape)
+
+    return factor.mapped(change, factor.shape)
