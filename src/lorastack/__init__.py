@@ -1,9 +1,10 @@
 """LoraStack composes LoRA adapters: load any format, stack with scales, apply, bake or merge."""
 
 from lorastack.adapter import LoadedLora, LoraAdapter
+from lorastack.base import convert_names
 from lorastack.delta import LoraDelta
 from lorastack.errors import LoraStackError
-from lorastack.formats import load
+from lorastack.formats import load, save
 from lorastack.stack import LoraStack
 from lorastack.target import TargetModule
 
@@ -16,5 +17,7 @@ __all__ = [
     "LoraStack",
     "LoraStackError",
     "TargetModule",
+    "convert_names",
     "load",
+    "save",
 ]

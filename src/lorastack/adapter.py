@@ -108,6 +108,8 @@ class LoadedLora:
     file_alpha: float | None = None
     #: What views changed since it was loaded, for the recipe of what is made of it.
     history: tuple[tuple[str, Any], ...] = ()
+    #: The adapters a baked one was made of, with their scales.
+    origin: tuple[tuple[LoadedLora, float], ...] = ()
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> LoadedLora:
@@ -176,6 +178,12 @@ class LoadedLora:
             naming=naming or naming_of(list(deltas)),
             file_alpha=None if alpha is None else float(alpha),
         )
+
+    def save(self, path: str | Path, **options: Any) -> Path:
+        """Write the adapter to a ``.gguf`` file or a PEFT folder; see `lorastack.save`."""
+        from lorastack.formats import save
+
+        return save(self, path, **options)
 
     def get(self, name: str) -> LoraDelta | None:
         """The update of the weight ``name``; None when this adapter has none."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from lorastack.dtypes import cast, nonfinite_count
 from lorastack.errors import NonFiniteError
 
 
@@ -75,7 +76,7 @@ class Factor:
         """The numbers as `array` gives them, without keeping them: for one pass over a large file."""
         if self._array is not None:
             return self._array
-        array = self._read()
+        array = self.raw()
         bad = 0 if self.allow_nonfinite else nonfinite_count(array)
         if bad:
             raise NonFiniteError(
@@ -84,11 +85,50 @@ class Factor:
             )
         return array
 
+    def raw(self) -> np.ndarray:
+        """The numbers as they are stored, NaN and Inf included, for looking at a file rather than using it."""
+        return self._read() if self._array is None else self._array
+
+    def cast(self, times: float, dtype: np.dtype) -> np.ndarray:
+        """``times`` the numbers in ``dtype``, each rounded once, without keeping them."""
+        return cast(self.take(), times, dtype, self.label)
+
     def mapped(self, change: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> Factor:
         """The same factor with ``change`` (a transpose, a reshape, a row permutation) applied when read."""
         return Factor(shape, self.dtype, lambda: change(self.take()), self.label, self.allow_nonfinite, self.stored)
 
 
-def nonfinite_count(array: np.ndarray) -> int:
-    """How many values are NaN or Inf."""
-    return int(array.size - np.count_nonzero(np.isfinite(array)))
+class JoinedFactor(Factor):
+    """Factors side by side along one axis, each multiplied: joined when read, part by part, in the type asked for."""
+
+    __slots__ = ("axis", "parts")
+
+    def __init__(self, parts: Sequence[tuple[float, Factor]], axis: int) -> None:
+        factors = [factor for _, factor in parts]
+        shape = list(factors[0].shape)
+        axis %= len(shape)
+        shape[axis] = sum(factor.shape[axis] for factor in factors)
+        kinds = {(factor.dtype, factor.stored) for factor in factors}
+        dtype, stored = kinds.pop() if len(kinds) == 1 else (np.dtype(np.float32), "F32")
+        if any(times != 1.0 for times, _ in parts):
+            # In memory the products are kept in float32; ``stored`` still says what they are worth writing in.
+            dtype = np.dtype(np.float32)
+        label = " + ".join(dict.fromkeys(factor.label for factor in factors))
+        self.parts, self.axis = tuple(parts), axis
+        super().__init__(
+            tuple(shape), dtype, lambda: self._join(1.0, dtype), label, any(f.allow_nonfinite for f in factors), stored
+        )
+
+    def _join(self, times: float, dtype: np.dtype) -> np.ndarray:
+        out = np.empty(self.shape, dtype)
+        start = 0
+        for own, factor in self.parts:
+            stop = start + factor.shape[self.axis]
+            out[(slice(None),) * self.axis + (slice(start, stop),)] = factor.cast(own * times, dtype)
+            start = stop
+        return out
+
+    def cast(self, times: float, dtype: np.dtype) -> np.ndarray:
+        return (
+            self._join(times, dtype) if len(self.parts) > 1 else self.parts[0][1].cast(self.parts[0][0] * times, dtype)
+        )

@@ -31,7 +31,7 @@ class PackedWeight:
     """
 
     def __init__(self, terms: Sequence[Term], names: Sequence[str], dtype: type = np.float32) -> None:
-        _agree(terms, names)
+        self.check(terms, names)
         self.terms = terms
         self.names = names
         self.first = terms[0][1]
@@ -97,16 +97,21 @@ class PackedWeight:
         h *= self.s
         return (h @ self.b).reshape(*lead, self.out_features)
 
+    @staticmethod
+    def check(terms: Sequence[Term], names: Sequence[str]) -> None:
+        """ShapeError unless all deltas are of one kind and one shape."""
+        seen = {(d.kind, *_shape_without_rank(d)) for _, d in terms}
+        if len(seen) > 1:
+            raise ShapeError(
+                "the adapters disagree on the shape of this weight; they were made for different bases",
+                [
+                    f"{name}: {d.kind} {d.in_features} -> {d.out_features}"
+                    + (f", {d.num_experts} experts" if d.num_experts else "")
+                    for name, (_, d) in zip(names, terms, strict=True)
+                ],
+            )
 
-def _agree(terms: Sequence[Term], names: Sequence[str]) -> None:
-    """Raise unless all deltas are of one kind and one shape."""
-    seen = {(d.kind, d.in_features, d.out_features, d.num_experts) for _, d in terms}
-    if len(seen) > 1:
-        raise ShapeError(
-            "the adapters disagree on the shape of this weight; they were made for different bases",
-            [
-                f"{name}: {d.kind} {d.in_features} -> {d.out_features}"
-                + (f", {d.num_experts} experts" if d.num_experts else "")
-                for name, (_, d) in zip(names, terms, strict=True)
-            ],
-        )
+
+def _shape_without_rank(delta: LoraDelta) -> tuple[object, ...]:
+    kernel = delta.factors[0].shape[2:] if delta.kind == "conv" else ()
+    return delta.in_features, delta.out_features, delta.num_experts, kernel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from lorastack.errors import ArgumentError, NamingError, UnknownNameError, Unsup
 from lorastack.extras import KINDS, extras_at
 from lorastack.packed import PackedWeight, Term
 from lorastack.target import Naming, TargetModule
+
+if TYPE_CHECKING:
+    from lorastack.base import BaseModel
 
 _KIND_NAMES = {"gguf": "GGUF tensor names", "hf": "Hugging Face names", "own": "names of its own"}
 
@@ -227,6 +230,30 @@ class LoraStack:
             part = delta.apply(x, adapter.alpha / adapter.rank)
             total = part if total is None else total + part
         return total
+
+    def bake(self, base: BaseModel | str | None = None, name: str | None = None) -> LoadedLora:
+        """The whole stack as one adapter, exactly: ranks side by side, scales folded in. Nothing is read yet.
+
+        Any program that takes one LoRA adapter computes the stack's sum with it: the scalings of all
+        weights are made one number.
+
+        Parameters
+        ----------
+        base
+            The base model, needed when the second list is not empty: its weight names.
+        name
+            The adapter's name; the names of the stack's adapters joined by ``+`` when not given.
+
+        Raises
+        ------
+        ArgumentError
+            When the stack is empty.
+        UnsupportedError
+            Listing every extra that an ordinary adapter's low-rank updates cannot hold.
+        """
+        from lorastack.algebra.bake import bake
+
+        return bake(self, base, name)
 
     def _pack(self, name: str) -> PackedWeight | None:
         found = [(entry, entry.lora.get(name)) for entry in self._entries]

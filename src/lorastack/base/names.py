@@ -15,13 +15,13 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lorastack.adapter import LazyDeltas, LoadedLora
+from lorastack.adapter import LazyDeltas, LoadedLora, LoraAdapter
 from lorastack.base.architectures import Architecture, architecture_of, row_order
 from lorastack.base.model import BaseModel, open_base
 from lorastack.delta import LoraDelta
 from lorastack.errors import NamingError, Problems, UnsupportedError
 from lorastack.factor import Factor
-from lorastack.target import Naming
+from lorastack.target import Naming, place_of
 
 
 def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = None) -> LoadedLora:
@@ -70,6 +70,49 @@ def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = N
         naming=to,
         history=(*lora.history, ("names", to)),
     )
+
+
+def lora_of_adapter(adapter: LoraAdapter, base: BaseModel, naming: Naming | None, name: str) -> LoadedLora:
+    """An adapter known by (target module, layer) under the base's weight names; its row order is Hugging Face's.
+
+    Raises
+    ------
+    UnsupportedError
+        When it does not say which layers it covers.
+    NamingError
+        Listing the places that the base lacks.
+    """
+    layers = getattr(adapter, "layers", None)
+    if layers is None:
+        raise UnsupportedError(
+            f"{type(adapter).__name__} has no ``layers``, so its weights cannot be listed; add them to bake it"
+        )
+    places = {place: key for key in base.shapes if (place := place_of(key))}
+    problems = Problems(f"{type(adapter).__name__} does not fit base {base.name}")
+    deltas: dict[str, LoraDelta] = {}
+    for target in adapter.target_modules:
+        for layer in layers:
+            delta = adapter.delta(target, layer)
+            if delta is None:
+                continue
+            key = places.get((target, layer))
+            if key is None:
+                problems.add(f"{target} of layer {layer} is none of the base's weights")
+            else:
+                deltas[key] = delta.scaled(adapter.alpha / adapter.rank)
+    problems.raise_any(NamingError)
+    naming = naming or base.naming
+    if base.naming == "gguf":
+        # Named as GGUF names them, but still in Hugging Face's row order.
+        for key, delta in deltas.items():
+            deltas[key] = move_rows(delta, row_order(base.architecture, key, base.heads, base.kv_heads, "gguf"))
+    lora = LoadedLora(name, MappingProxyType(deltas), naming=base.naming, metadata=_metadata(base))
+    return lora if naming == base.naming else convert_names(lora, base, naming)
+
+
+def _metadata(base: BaseModel) -> Mapping[str, Any]:
+    said = _hf_metadata(base) if base.naming == "hf" else {"general.architecture": base.architecture_name}
+    return MappingProxyType(said)
 
 
 def move_rows(delta: LoraDelta, permute: Any) -> LoraDelta:

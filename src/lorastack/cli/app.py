@@ -21,7 +21,8 @@ Adapters = Annotated[
     list[str],
     typer.Argument(
         metavar="ADAPTER[:SCALE]...",
-        help="GGUF files, PEFT folders or hub ids (owner/name), each with a scale: `zara:0.7`. No scale means 1.",
+        help="GGUF files, PEFT folders, hub ids (owner/name) or recipes (.toml), each with a scale, as in `zara:0.7`; "
+        "no scale means 1.",
         show_default=False,
     ),
 ]
@@ -29,6 +30,10 @@ AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN
 Ignore = Annotated[
     list[str] | None,
     typer.Option(metavar="FIELD", help="A field of adapter_config.json to leave out of account; may be repeated."),
+]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", "-b", metavar="BASE", help="The base model: a Hugging Face folder, hub id or GGUF file."),
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")]
 
@@ -49,4 +54,8 @@ def root(
 
 
 # Importing a subcommand registers it.
-from lorastack.cli import apply as _apply  # noqa: E402, F401
+from lorastack.cli import apply as _apply  # noqa: E402
+from lorastack.cli import bake as _bake  # noqa: E402
+from lorastack.cli import inspect as _inspect  # noqa: E402
+
+__all__ = ["_apply", "_bake", "_inspect", "app"]

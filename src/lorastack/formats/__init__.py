@@ -1,16 +1,19 @@
-"""Adapter files: `load` looks at the content and hands over to the reader of that format."""
+"""Adapter files: `load` looks at the content and hands over to the reader of that format, `save` at the ending."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from lorastack.adapter import LoadedLora
-from lorastack.errors import FormatError
+from lorastack.errors import ArgumentError, FormatError
+from lorastack.files import whole_output
 from lorastack.formats import gguf, peft
+from lorastack.formats.gguf_save import save_gguf
 from lorastack.formats.peft_config import CONFIG_NAME, read_config
+from lorastack.formats.peft_save import save_peft
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.hub import resolve
 
@@ -53,6 +56,53 @@ def load(
     if where.is_dir():
         return _load_folder(where, name, allow_nonfinite, ignore)
     return _load_file(where, name, allow_nonfinite, ignore)
+
+
+def save(
+    lora: LoadedLora,
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+    recipe: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Write an adapter: to a ``.gguf`` file as llama.cpp reads it, to any other name as a PEFT folder.
+
+    The output is written beside its place and moved there whole.
+
+    Parameters
+    ----------
+    dtype
+        ``"f32"``, ``"f16"``, ``"bf16"`` or (GGUF) ``"q8_0"``; each factor keeps its own when not given.
+    force
+        Replace an output that exists.
+    recipe
+        Keep in the file's metadata what the adapter was made of: sources, their sha256, scales.
+    progress
+        Called with the bytes of every tensor written.
+
+    Raises
+    ------
+    FormatError
+        Listing everything that the format cannot hold; nothing is written then.
+    ArgumentError
+        When the output exists and ``force`` is not set.
+    """
+    path = Path(path)
+    if path.suffix in (".safetensors", ".bin"):
+        raise ArgumentError(f"{path}: an adapter is written as NAME.gguf, or as a PEFT folder: leave the ending out")
+    as_gguf = path.suffix == ".gguf"
+    write = save_gguf if as_gguf else save_peft
+    with whole_output(path, force, folder=not as_gguf) as scratch:
+        write(lora, scratch, dtype, _recipe_of(lora) if recipe else None, progress)
+    return path
+
+
+def _recipe_of(lora: LoadedLora) -> str:
+    from lorastack.recipe import Recipe
+
+    return Recipe.of_lora(lora).to_toml()
 
 
 def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:

@@ -20,6 +20,8 @@ from lorastack.formats.torch_bin import TorchBin
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
+#: Where a file of ours keeps what it was made of, in the weights' own metadata: PEFT warns of fields it does not know.
+RECIPE_KEY = "lorastack.recipe"
 OLD_WEIGHTS = "adapter_model.bin"
 
 Tensors = SafetensorsFile | TorchBin
@@ -48,6 +50,8 @@ def load(
     sorter = _Sorter(tensors, config, allow_nonfinite, problems)
     sorter.sort()
     problems.raise_any(FormatError)
+    if recipe := tensors.metadata.get(RECIPE_KEY):
+        raw = {**raw, RECIPE_KEY: recipe}
     return LoadedLora(
         name=name or os.path.basename(os.path.abspath(folder)),
         adapters=LazyDeltas(sorter.recipes, sorter.build),

@@ -1,0 +1,210 @@
+"""Write an adapter as a PEFT folder, as ``PeftModel.from_pretrained`` reads it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from lorastack import dtypes
+from lorastack.adapter import LoadedLora
+from lorastack.delta import LoraDelta
+from lorastack.errors import FormatError, Problems
+from lorastack.extras import KINDS
+from lorastack.factor import Factor
+from lorastack.formats.peft import PREFIX, RECIPE_KEY, WEIGHTS
+from lorastack.formats.peft_config import CONFIG_NAME
+from lorastack.formats.safetensors_save import Entry, write_safetensors
+
+#: Fields that say what the adapter is for, which views and bakes leave true.
+_KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out", "bias",
+         "modules_to_save", "trainable_token_indices", "alora_invocation_tokens")  # fmt: skip
+
+
+def save_peft(
+    lora: LoadedLora,
+    folder: Path,
+    dtype: str | None = None,
+    recipe: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write ``lora`` into the empty ``folder``; the caller moves the folder to its place.
+
+    A scaling of its own per weight is written as ``alpha_pattern``, ranks as ``rank_pattern``.
+
+    Raises
+    ------
+    FormatError
+        Listing everything that a PEFT folder cannot hold.
+    """
+    dtypes.check_name(dtype, ("f32", "f16", "bf16"))
+    _check(lora)
+    config = _config(lora)
+    metadata = {"format": "pt"} | ({RECIPE_KEY: recipe} if recipe else {})
+    write_safetensors(folder / WEIGHTS, list(_entries(lora, dtype)), metadata, progress)
+    (folder / CONFIG_NAME).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n")
+
+
+def _check(lora: LoadedLora) -> None:
+    problems = Problems(f"{lora.name} cannot be written as a PEFT folder")
+    if lora.naming == "gguf":
+        problems.add("its weights have GGUF names; convert it with convert_names(lora, base) (--base)")
+    if not lora.adapters:
+        problems.add("it has no weights")
+    for name, delta in lora.adapters.items():
+        if delta.kind != "experts" and not name.endswith(".weight"):
+            problems.add(f"weight {name}: its name does not end with .weight, which PEFT's modules have")
+    for name in lora.extras.get("norm", {}):
+        problems.add(f"norm: {KINDS['norm']}, {name}; leave it out with without_extras('norm')")
+    problems.raise_any(FormatError)
+
+
+def _config(lora: LoadedLora) -> dict[str, Any]:
+    modules = {module_of(name): delta for name, delta in lora.adapters.items() if delta.kind != "experts"}
+    parameters = {name: delta for name, delta in lora.adapters.items() if delta.kind == "experts"}
+    # rank_pattern is looked up by module: the experts module holds its parameters.
+    looked_up = modules | {name.rpartition(".")[0]: delta for name, delta in parameters.items()}
+    rank = Counter(delta.rank for delta in looked_up.values()).most_common(1)[0][0]
+    alpha, rslora, odd = _scaling(lora, rank)
+    exact = Anchors(list(looked_up))
+    config: dict[str, Any] = {key: lora.metadata[key] for key in _KEPT if lora.metadata.get(key)}
+    config |= {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "lora_dropout": 0.0,
+        "use_rslora": rslora,
+        "use_dora": bool(lora.extras.get("dora")),
+        "lora_bias": bool(lora.extras.get("lora_bias")),
+        "bias": lora.metadata.get("bias", "none") if lora.extras.get("bias") else "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": sorted(modules),
+        "rank_pattern": {exact.key(m): d.rank for m, d in looked_up.items() if d.rank != rank},
+        "alpha_pattern": {exact.key(m): _whole(odd[m]) for m in looked_up if m in odd},
+    }
+    if parameters:
+        config["target_parameters"] = sorted(parameters)
+    return config
+
+
+def _scaling(lora: LoadedLora, rank: int) -> tuple[float, bool, dict[str, float]]:
+    """(lora_alpha, use_rslora, alpha of the modules that need another): the simplest that is exact.
+
+    PEFT computes alpha/rank, or alpha/√rank under rsLoRA, in float64.
+    """
+    owners = {(n.rpartition(".")[0] if d.kind == "experts" else module_of(n)): d for n, d in lora.adapters.items()}
+    for rslora in (False, True):
+
+        def power(delta: LoraDelta, rslora: bool = rslora) -> float:
+            return delta.rank**0.5 if rslora else float(delta.rank)
+
+        alphas = {_tidy(d.scaling * power(d), d.scaling, power(d)) for d in owners.values()}
+        if len(alphas) == 1:
+            return alphas.pop(), rslora, {}
+    common = Counter(_tidy(d.scaling * d.rank, d.scaling, d.rank) for d in owners.values()).most_common(1)[0][0]
+    alphas_by_module = {m: _tidy(d.scaling * d.rank, d.scaling, d.rank) for m, d in owners.items()}
+    return common, False, {m: a for m, a in alphas_by_module.items() if a != common}
+
+
+def _tidy(alpha: float, scaling: float, divisor: float) -> float:
+    """A whole alpha where it gives the same scaling: 15.999999999999998 is 16 less a rounding."""
+    nearest = float(round(alpha))
+    return nearest if abs(nearest / divisor - scaling) <= 1e-15 * abs(scaling) else alpha
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+class Anchors:
+    """Pattern keys that hit one module only: PEFT matches a key against the end of every module's path."""
+
+    def __init__(self, modules: list[str]) -> None:
+        self._tails = Counter(m[i:] for m in modules for i in _starts(m))
+
+    def key(self, module: str) -> str:
+        return module if self._tails[module] == 1 else "^" + re.escape(module)
+
+
+def _starts(module: str) -> Iterator[int]:
+    yield 0
+    for match in re.finditer(r"\.", module):
+        yield match.end()
+
+
+def module_of(name: str) -> str:
+    """The module path of a weight name."""
+    return name.removesuffix(".weight")
+
+
+def _entries(lora: LoadedLora, dtype: str | None) -> Iterator[Entry]:
+    inner = _inner_parameters(lora)
+    for name, delta in lora.adapters.items():
+        a, b = delta.factors
+        if delta.kind == "experts":
+            yield from _expert_entries(inner[name], a, b, dtype)
+            continue
+        endings = ("lora_embedding_A", "lora_embedding_B") if delta.kind == "embedding" else (
+            "lora_A.weight", "lora_B.weight")  # fmt: skip
+        for factor, ending in zip((a, b), endings, strict=True):
+            yield _entry(f"{PREFIX}{module_of(name)}.{ending}", factor, dtype)
+    endings_of = {"dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
+    for kind, ending in endings_of.items():
+        for name, factor in lora.extras.get(kind, {}).items():
+            yield _entry(f"{PREFIX}{module_of(name)}.{ending}", factor, dtype)
+    for name, (_, factor) in lora.extras.get("new_tokens", {}).items():
+        yield _entry(f"{PREFIX}{module_of(name)}.token_adapter.trainable_tokens_delta", factor, dtype)
+    targets = {module_of(name) for name in lora.adapters}
+    for kind in ("bias", "base_weight", "modules_to_save"):
+        for name, factor in lora.extras.get(kind, {}).items():
+            module, _, part = name.rpartition(".")
+            wrapped = ".base_layer" if kind != "modules_to_save" and module in targets else ""
+            yield _entry(f"{PREFIX}{module}{wrapped}.{part}", factor, dtype)
+
+
+def _entry(key: str, factor: Factor, dtype: str | None) -> Entry:
+    kind = dtype or _kept(factor)
+    return key, factor.shape, kind, lambda: factor.cast(1.0, dtypes.numpy_type(kind))
+
+
+def _kept(factor: Factor) -> str:
+    """The type a factor is written in when none is asked for; safetensors has no q8_0."""
+    kind = dtypes.short_name(factor.stored)
+    return "f32" if kind == "q8_0" else kind
+
+
+def _inner_parameters(lora: LoadedLora) -> dict[str, str]:
+    """Expert parameter -> path of the wrapper PEFT keeps its factors in: its first lies innermost."""
+    order = ["gate_up_proj", "gate_proj", "up_proj", "down_proj"]
+    by_module: dict[str, list[str]] = {}
+    for name, delta in lora.adapters.items():
+        if delta.kind == "experts":
+            module, _, parameter = name.rpartition(".")
+            by_module.setdefault(module, []).append(parameter)
+    paths = {}
+    for module, parameters in by_module.items():
+        if len(parameters) > 1:
+            parameters.sort(key=lambda p: order.index(p) if p in order else len(order))
+        for depth, parameter in enumerate(reversed(parameters)):
+            paths[f"{module}.{parameter}"] = module + ".base_layer" * depth
+    return paths
+
+
+def _expert_entries(path: str, a: Factor, b: Factor, dtype: str | None) -> Iterator[Entry]:
+    experts, rank, width = a.shape
+    out = b.shape[1]
+
+    def flat_a(array: np.ndarray) -> np.ndarray:
+        return array.reshape(experts * rank, width)
+
+    def flat_b(array: np.ndarray) -> np.ndarray:
+        return array.transpose(1, 2, 0).reshape(out, rank * experts)
+
+    yield _entry(f"{PREFIX}{path}.lora_A.weight", a.mapped(flat_a, (experts * rank, width)), dtype)
+    yield _entry(f"{PREFIX}{path}.lora_B.weight", b.mapped(flat_b, (out, rank * experts)), dtype)

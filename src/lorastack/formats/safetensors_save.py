@@ -1,0 +1,47 @@
+"""Write a safetensors file tensor by tensor.
+
+The ``safetensors`` package takes all tensors in memory at once; an adapter is written with no more
+than one weight in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import orjson
+
+STORED = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+_ITEM = {"f32": 4, "f16": 2, "bf16": 2}
+
+#: name, shape, "f32" | "f16" | "bf16", and what computes the array
+Entry = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
+
+
+def write_safetensors(
+    path: Path,
+    entries: Iterable[Entry],
+    metadata: Mapping[str, str],
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write ``entries`` in order; each array is computed when its turn comes."""
+    # Larger items first keeps every tensor aligned, as the package itself orders them.
+    ordered = sorted(entries, key=lambda entry: -_ITEM[entry[2]])
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, shape, kind, _ in ordered:
+        size = math.prod(shape) * _ITEM[kind]
+        header[name] = {"dtype": STORED[kind], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    raw = orjson.dumps(header)
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little"))
+        file.write(raw)
+        for _, _, _, compute in ordered:
+            array = np.ascontiguousarray(compute())
+            file.write(array.view(np.uint8).reshape(-1).data)
+            if progress:
+                progress(array.nbytes)

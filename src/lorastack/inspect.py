@@ -1,0 +1,116 @@
+"""What an adapter is, in numbers, and what is odd about it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorastack.adapter import LoadedLora
+from lorastack.base import BaseModel
+from lorastack.base.fit import misfits
+from lorastack.dtypes import nonfinite_count
+from lorastack.extras import HARMLESS, KINDS
+
+#: adapter_config.json fields that most adapters leave at these values; others are worth a word.
+_USUAL = {
+    "use_rslora": (False, None),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "bias": ("none", None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layers_to_transform": ([], None),
+    "target_parameters": ([], None),
+    "fan_in_fan_out": (False, None),
+    "init_lora_weights": (True, False, "gaussian", None),
+}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found. ``scalings`` and ``ranks`` are the values that occur; ``size`` is in bytes."""
+
+    name: str
+    path: str | None
+    format: str
+    base: str | None
+    architecture: str | None
+    weights: int
+    modules: list[str]
+    ranks: list[int]
+    alpha: float | None
+    scalings: list[float]
+    dtypes: list[str]
+    parameters: int
+    size: int | None
+    extras: dict[str, int]
+    odd: list[str]
+    misfits: list[str] | None
+    recipe: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return asdict(self)
+
+
+def inspect(lora: LoadedLora, base: BaseModel | None = None) -> Inspection:
+    """Read the whole adapter once and say what it is; with a base, also what would not fit.
+
+    NaN and Inf are reported, not raised.
+    """
+    deltas = lora.adapters
+    factors = [factor for delta in deltas.values() for factor in delta.factors]
+    return Inspection(
+        name=lora.name,
+        path=str(lora.source) if lora.source else None,
+        format={"gguf": "GGUF", "hf": "PEFT"}.get(lora.naming, "in memory") if lora.source else "in memory",
+        base=lora.metadata.get("base_model_name_or_path") or None,
+        architecture=lora.metadata.get("general.architecture"),
+        weights=len(deltas),
+        modules=list(dict.fromkeys(name.removesuffix(".weight").rpartition(".")[2] for name in deltas)),
+        ranks=sorted({delta.rank for delta in deltas.values()}),
+        alpha=lora.file_alpha,
+        scalings=sorted({round(delta.scaling, 9) for delta in deltas.values()}),
+        dtypes=sorted({factor.stored for factor in factors}),
+        parameters=sum(math.prod(factor.shape) for factor in factors),
+        size=_size(lora.source),
+        extras={kind: len(values) for kind, values in lora.extras.items()},
+        odd=_odd(lora),
+        misfits=None if base is None else misfits(lora, base),
+        recipe=lora.metadata.get("lorastack.recipe"),
+    )
+
+
+def _size(source: Path | None) -> int | None:
+    if source is None:
+        return None
+    if source.is_file():
+        return source.stat().st_size
+    return sum(file.stat().st_size for file in source.glob("adapter_*") if file.is_file())
+
+
+def _odd(lora: LoadedLora) -> list[str]:
+    found = []
+    for field, usual in _USUAL.items():
+        value = lora.metadata.get(field)
+        if value not in usual:
+            text = str(value)
+            found.append(f"{field} is {text if len(text) < 60 else text[:57] + '...'}")
+    for kind, values in lora.extras.items():
+        if kind not in HARMLESS:
+            found.append(f"{len(values)} {kind}: {KINDS[kind]}")
+    silent, bad = [], []
+    for name, delta in lora.adapters.items():
+        a, b = (factor.raw() for factor in delta.factors)
+        bad += [f"{name}.{part}" for part, array in (("lora_A", a), ("lora_B", b)) if nonfinite_count(array)]
+        if not np.any(a) or not np.any(b):
+            silent.append(name)
+    if silent:
+        found.append(f"{len(silent)} weights change nothing (A or B is all zero), such as {silent[0]}")
+    if bad:
+        found.append(f"{len(bad)} factors hold NaN or Inf, such as {bad[0]}")
+    return found
