@@ -157,6 +157,8 @@ def to_hf_names(lora: LoadedLora, base: BaseModel) -> dict[str, str]:
     for name in lora.adapters:
         if name in known:
             names[name] = known[name]
+        elif name in base.shapes:  # named by the base already: experts joined into its own parameter
+            names[name] = name
         elif name.removesuffix(".weight").endswith("_exps"):
             problems.add(f"weight {name} is of experts, which this base keeps one by one; attach it to the live model")
         else:

@@ -1,0 +1,75 @@
+"""Attach a stack to a live model, without touching its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lorastack.adapter import LoadedLora
+from lorastack.errors import ArgumentError
+from lorastack.stack import LoraStack
+from lorastack.torch.handle import ATTACHED, Handle
+
+
+def attach(
+    model: nn.Module,
+    stack: LoraStack | LoadedLora,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_partial: bool = False,
+) -> Handle:
+    """Add the stack's sum to the outputs of a model's layers, from the next forward pass on.
+
+    Works on any ``torch.nn.Module``, above all on ``transformers`` models: linear layers (quantised ones
+    of any library too, since only inputs and outputs are used), GPT-2's Conv1D, embeddings, convolutions
+    and experts kept as one parameter. Adapters with GGUF names are converted with the model's own
+    configuration. The weights are not touched, and detaching leaves no trace.
+
+    Parameters
+    ----------
+    model
+        The model whose weight names the adapters were trained with.
+    stack
+        Both of its lists are attached; the handle keeps a copy. A single adapter is taken at scale 1.
+    dtype
+        Type to compute in; each layer's own when not given.
+    allow_partial
+        Leave out what finds no module, and say so in ``handle.report``, instead of raising.
+
+    Raises
+    ------
+    UnsupportedError
+        Listing every weight without a module, every shape that does not fit, everything that cannot be
+        honoured. The model is unchanged then.
+    ArgumentError
+        When the model has a stack already.
+
+    Example
+    -------
+    >>> import numpy as np, torch
+    >>> from lorastack import LoadedLora, LoraStack
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
+    >>> lora = LoadedLora.from_tensors({"0.weight": (np.ones((1, 3)), np.ones((2, 1)))}, name="ones")
+    >>> x = torch.ones(3)
+    >>> base = model(x)
+    >>> with attach(model, LoraStack([(lora, 0.5)])) as handle:
+    ...     changed = model(x)
+    ...     handle.set_scale("ones", 0.0)
+    ...     back = model(x)
+    >>> (changed - base).tolist(), bool((back == base).all()), torch.equal(model(x), base)
+    ([1.5, 1.5], True, True)
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if isinstance(stack, LoadedLora):
+        stack = LoraStack([(stack, 1.0)])
+    if stack.is_empty():
+        raise ArgumentError("the stack is empty, so there is nothing to attach; push an adapter first")
+    for module in model.modules():
+        if module in ATTACHED:
+            raise ArgumentError(
+                f"{type(module).__name__} has a stack attached already; change it through its handle, or detach() it"
+            )
+    handle = Handle(model, dtype, allow_partial)
+    handle.add_all([*stack.entries, *((adapter, 1.0) for adapter in stack.adapters)])
+    ATTACHED[model] = handle
+    return handle

@@ -1,0 +1,146 @@
+"""Where a model's weights are: which module computes with a weight, how, in which type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lorastack.base.architectures import BY_HF
+from lorastack.base.model import BaseModel
+from lorastack.delta import LoraDelta
+from lorastack.errors import UnsupportedError
+
+
+class Place(NamedTuple):
+    """One weight of a live model.
+
+    ``kind`` says how the module computes with it: ``linear`` (also quantised ones, and transformers'
+    Conv1D), ``embedding``, ``conv``, or ``parameter`` (a tensor that the module's own code uses).
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str
+    kind: str
+    dtype: torch.dtype
+    device: torch.device
+
+    def misfit(self, delta: LoraDelta) -> str | None:
+        """Why the update does not fit here; None when it does."""
+        module: Any = self.module
+        if self.kind == "linear":
+            have: tuple[int, ...] = linear_features(module)
+        elif self.kind == "embedding":
+            have = (module.num_embeddings, module.embedding_dim)
+        elif self.kind == "conv":
+            return _conv_misfit(module, delta)
+        else:
+            return _parameter_misfit(getattr(module, self.parameter), delta)
+        wanted_kind = "embedding" if self.kind == "embedding" else "linear"
+        if delta.kind != wanted_kind:
+            return f"{type(module).__name__} takes {wanted_kind} factors, the adapter has {delta.kind} ones"
+        if have != (delta.in_features, delta.out_features):
+            return f"the module is {have[0]} -> {have[1]}, the update {delta.in_features} -> {delta.out_features}"
+        return None
+
+
+class Places:
+    """Every weight of a model by name, found when asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self._default = _model_dtype(model)
+
+    def get(self, name: str) -> Place | None:
+        """The place of the weight ``name``; None when the model has none of that name."""
+        path, _, parameter = name.rpartition(".")
+        module = self.modules.get(path)
+        if module is None:
+            return None
+        kind = _kind(module, parameter)
+        if kind is None:
+            return None
+        return Place(name, module, parameter, kind, *self._type_of(module, parameter))
+
+    def _type_of(self, module: nn.Module, parameter: str) -> tuple[torch.dtype, torch.device]:
+        weight = getattr(module, parameter, None)
+        tensors = [weight] if isinstance(weight, torch.Tensor) else []
+        tensors += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        if tensors and tensors[0].dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            return tensors[0].dtype, device
+        own = getattr(module, "compute_dtype", None)
+        return (own if isinstance(own, torch.dtype) else self._default), device
+
+    def as_base(self) -> BaseModel:
+        """The live model as a base: its own class, configuration and key list, for converting names."""
+        model: Any = self.model
+        config = getattr(model, "config", None)
+        if config is None:
+            raise UnsupportedError(
+                f"{type(model).__name__} has no config, so GGUF names cannot be converted for it; "
+                "convert the adapter with convert_names(lora, base) first"
+            )
+        said = config.get_text_config().to_dict() if hasattr(config, "get_text_config") else dict(vars(config))
+        names: Mapping[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+        shapes = {name: tuple(p.shape) for name, p in names.items()}
+        # A quantised module has its weight under other names and shapes; the name is what conversion needs.
+        for path, module in self.modules.items():
+            if _kind(module, "weight"):
+                shapes.setdefault(f"{path}.weight", ())
+        architecture = type(model).__name__
+        if architecture not in BY_HF and getattr(config, "architectures", None):
+            architecture = config.architectures[0]
+        return BaseModel(type(model).__name__, "hf", architecture, said, shapes)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer that keeps its weight ``[in, out]``."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def linear_features(module: Any) -> tuple[int, int]:
+    """(in, out) of a linear layer."""
+    return tuple(module.weight.shape) if is_conv1d(module) else (module.in_features, module.out_features)
+
+
+def _kind(module: nn.Module, parameter: str) -> str | None:
+    if parameter == "weight":
+        if isinstance(module, nn.Embedding):
+            return "embedding"
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            return "conv"
+        if is_conv1d(module) or (hasattr(module, "in_features") and hasattr(module, "out_features")):
+            return "linear"
+    weight = module._parameters.get(parameter)
+    return "parameter" if weight is not None and weight.dim() in (2, 3) else None
+
+
+def _model_dtype(model: nn.Module) -> torch.dtype:
+    for tensor in model.parameters():
+        if tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            return tensor.dtype
+    return torch.float32
+
+
+def _conv_misfit(module: Any, delta: LoraDelta) -> str | None:
+    if delta.kind != "conv":
+        return f"{type(module).__name__} takes convolution factors, the adapter has {delta.kind} ones"
+    if module.groups != 1:
+        return f"the convolution has {module.groups} groups; only one group is supported"
+    have = (module.in_channels, module.out_channels, tuple(module.kernel_size))
+    want = (delta.in_features, delta.out_features, delta.factors[0].shape[2:])
+    return None if have == want else f"the convolution is {have}, the update {want} (in, out, kernel)"
+
+
+def _parameter_misfit(weight: torch.Tensor, delta: LoraDelta) -> str | None:
+    shape, plain = tuple(weight.shape), (delta.out_features, delta.in_features)
+    wanted = (delta.num_experts, *plain) if delta.kind == "experts" else plain
+    turned = (*wanted[:-2], wanted[-1], wanted[-2])
+    if delta.kind in ("linear", "experts") and (shape == wanted or (delta.kind == "experts" and shape == turned)):
+        return None
+    return f"the parameter is {list(shape)}, the update {list(wanted)} ({delta.kind})"

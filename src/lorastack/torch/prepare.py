@@ -1,0 +1,138 @@
+"""Make an adapter ready for a model: find every place, convert names, read factors; change nothing yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lorastack.adapter import Extras, LoadedLora, LoraAdapter
+from lorastack.base.experts import join_experts
+from lorastack.base.names import convert_names
+from lorastack.delta import LoraDelta
+from lorastack.errors import NonFiniteError, Problems, UnsupportedError
+from lorastack.extras import KINDS
+from lorastack.target import place_of
+from lorastack.torch.dora import Dora
+from lorastack.torch.places import Place, Places
+from lorastack.torch.prepared import Prepared
+from lorastack.torch.saved import Patch, check_saved_embeddings, make_patches
+from lorastack.torch.tensors import to_torch
+
+
+@dataclass
+class Candidate:
+    """An adapter on its way onto a model: its name there and its scale."""
+
+    name: str
+    adapter: LoadedLora | LoraAdapter
+    scale: float
+
+    @classmethod
+    def of(cls, adapter: LoadedLora | LoraAdapter, scale: float, taken: Sequence[str]) -> Candidate:
+        own = adapter.name if isinstance(adapter, LoadedLora) else f"adapter{len(taken)}"
+        name, n = own, 2
+        while name in taken:
+            name, n = f"{own}#{n}", n + 1
+        return cls(name, adapter, scale)
+
+
+def prepare(
+    candidate: Candidate, places: Places, dtype: torch.dtype | None, allow_partial: bool
+) -> tuple[list[Prepared], list[Patch], list[str]]:
+    """(updates, patches, what was left out under ``allow_partial``).
+
+    Raises
+    ------
+    UnsupportedError
+        Listing every weight without a place, every misfit, every extra that cannot be honoured.
+    """
+    problems = Problems("it does not fit the model")
+    missing = Problems("")
+    lost = missing if allow_partial else problems
+    if isinstance(candidate.adapter, LoadedLora):
+        extras: Extras
+        lora = candidate.adapter = _in_hf_names(candidate.adapter, places)
+        wanted = dict(lora.adapters)
+        extras = lora.extras
+    else:
+        wanted = _by_target(candidate.adapter, places)
+        extras = {}
+        if not wanted:
+            problems.add("none of its target modules and layers is in the model")
+    for kind in ("norm", "alora"):
+        if kind in extras:
+            problems.add(f"{KINDS[kind]} cannot be honoured; leave it out with without_extras({kind!r})")
+    check_saved_embeddings(extras, places, problems)
+    parts: list[Prepared] = []
+    for name, delta in wanted.items():
+        place = places.get(name)
+        if place is None:
+            lost.add(f"weight {name} is none of the model's")
+            continue
+        if place.device.type == "meta":
+            problems.add(f"weight {name} is on the meta device; load the model's weights first")
+            continue
+        if problem := place.misfit(delta):
+            problems.add(f"weight {name}: {problem}")
+            continue
+        part = _prepared(place, delta, extras, dtype or place.dtype, problems)
+        if part is not None:
+            parts.append(part)
+    patches = make_patches(extras, places, lost)
+    problems.raise_any(UnsupportedError)
+    return parts, patches, missing.lines
+
+
+def _in_hf_names(lora: LoadedLora, places: Places) -> LoadedLora:
+    if lora.naming != "gguf":
+        return lora
+    base = places.as_base()
+    return convert_names(join_experts(lora, base), base, "hf")
+
+
+def _by_target(adapter: LoraAdapter, places: Places) -> dict[str, LoraDelta]:
+    """An adapter known by (target module, layer), under the model's weight names."""
+    found: dict[str, LoraDelta] = {}
+    for path in places.modules:
+        name = f"{path}.weight"
+        place = place_of(name)
+        delta = adapter.delta(*place) if place else None
+        if delta is not None:
+            found[name] = delta.scaled(adapter.alpha / adapter.rank)
+    return found
+
+
+def _prepared(
+    place: Place, delta: LoraDelta, extras: Extras, dtype: torch.dtype, problems: Problems
+) -> Prepared | None:
+    """The factors as tensors and what goes with them; None, with the reasons in ``problems``, when they are not."""
+    tensors = []
+    for factor in delta.factors:
+        try:
+            tensors.append(to_torch(factor, dtype, place.device))
+        except NonFiniteError as error:
+            problems.add(str(error))
+    if len(tensors) < 2:
+        return None
+    a, b = tensors
+    dora = bias = None
+    magnitude = extras.get("dora", {}).get(place.name)
+    if magnitude is not None:
+        if place.kind not in ("linear", "conv") or not _has_plain_weight(place):
+            problems.add(f"weight {place.name}: DoRA needs a plain linear layer or convolution with its weight at hand")
+        else:
+            dora = Dora(place, delta, magnitude, dtype)
+    lora_bias = extras.get("lora_bias", {}).get(place.name)
+    if lora_bias is not None:
+        if place.kind not in ("linear", "conv"):
+            problems.add(f"weight {place.name}: a bias of lora_B needs a linear layer or convolution")
+        else:
+            bias = to_torch(lora_bias, dtype, place.device)
+    return Prepared(place, a, b, delta.rank, delta.scaling, dora, bias)
+
+
+def _has_plain_weight(place: Place) -> bool:
+    weight = getattr(place.module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.element_size() >= 2

@@ -1,0 +1,32 @@
+"""What is made ready for a layer before anything is changed: factors as tensors, and what goes with them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from lorastack.torch.dora import Dora
+from lorastack.torch.places import Place
+
+
+class Prepared(NamedTuple):
+    """One adapter's update at one place, in the layer's type and on its device."""
+
+    place: Place
+    a: torch.Tensor
+    b: torch.Tensor
+    rank: int
+    scaling: float
+    dora: Dora | None = None
+    bias: torch.Tensor | None = None
+
+
+class Slot(NamedTuple):
+    """The rows of one adapter in a layer; ``entry`` is the adapter's position on the stack."""
+
+    entry: int
+    rank: int
+    scaling: float
+    dora: Dora | None
+    bias: torch.Tensor | None

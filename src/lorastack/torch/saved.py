@@ -1,0 +1,201 @@
+"""What PEFT saves beside low-rank updates, on a live model: trained biases, whole modules, new tokens.
+
+None of it has a scale in PEFT: it is there while the adapter is, and away while the adapter's scale is 0.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lorastack.errors import Problems
+from lorastack.factor import Factor
+from lorastack.torch.places import Places, is_conv1d
+from lorastack.torch.tensors import to_torch
+
+
+class BiasPatch:
+    """A trained bias in place of the base's: adds the difference to the module's output."""
+
+    what = "trained biases of the base"
+
+    def __init__(self, name: str, module: nn.Module, bias: torch.Tensor) -> None:
+        self.claim = name
+        self.module = module
+        own: Any = module.bias
+        self.difference = (bias.float() - own.detach().float()).to(own.dtype)
+        self.channels = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        self.on = True
+        self._handle: Any = None
+
+    def attach(self) -> None:
+        self._handle = self.module.register_forward_hook(self._hook)
+
+    def detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _hook(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if not self.on:
+            return output
+        difference = self.difference
+        if self.channels:
+            difference = difference.view(-1, *[1] * len(module.kernel_size))
+        return output + difference
+
+
+class ModulePatch:
+    """A whole module saved in place of the base's: a copy with the saved weights stands in its parent."""
+
+    what = "whole saved modules"
+
+    def __init__(self, path: str, parent: nn.Module, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+        self.claim = path
+        self.parent, self.key, self.module = parent, path.rpartition(".")[2], module
+        self.copy = copy.copy(module)
+        self.copy._parameters = dict(module._parameters)
+        for name, tensor in tensors.items():
+            self.copy._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        self._on = True
+        self._attached = False
+
+    @property
+    def on(self) -> bool:
+        return self._on
+
+    @on.setter
+    def on(self, value: bool) -> None:
+        self._on = value
+        if self._attached:
+            self.parent._modules[self.key] = self.copy if value else self.module
+
+    def attach(self) -> None:
+        self._attached = True
+        self.on = self._on
+
+    def detach(self) -> None:
+        if self._attached:
+            self.parent._modules[self.key] = self.module
+            self._attached = False
+
+
+class TokenPatch:
+    """Trained rows of some tokens in place of the embedding's, and in a head tied to it."""
+
+    what = "trained tokens"
+
+    def __init__(self, name: str, module: nn.Embedding, ids: tuple[int, ...], rows: torch.Tensor, head: Any) -> None:
+        self.claim = name
+        self.module, self.head = module, head
+        self.ids = torch.tensor(ids, device=rows.device)
+        self.rows = rows
+        self.where = torch.full((module.num_embeddings,), -1, dtype=torch.long, device=rows.device)
+        self.where[self.ids] = torch.arange(len(ids), device=rows.device)
+        self.on = True
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        self._handles.append(self.module.register_forward_hook(self._look_up))
+        if self.head is not None:
+            self._handles.append(self.head.register_forward_hook(self._project))
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _look_up(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if not self.on:
+            return output
+        where = self.where[args[0]]
+        rows = self.rows[where.clamp_min(0)]
+        scale = getattr(module, "embed_scale", None)
+        rows = rows if scale is None else rows * scale.to(rows.dtype)
+        return torch.where((where >= 0)[..., None], rows, output)
+
+    def _project(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if not self.on:
+            return output
+        return output.index_copy(output.dim() - 1, self.ids, F.linear(args[0], self.rows).to(output.dtype))
+
+
+Patch = BiasPatch | ModulePatch | TokenPatch
+
+
+def make_patches(extras: Any, places: Places, problems: Problems) -> list[Patch]:
+    """The patches of one adapter's extras; what finds no place is added to ``problems``."""
+    patches: list[Patch] = []
+    for name, factor in extras.get("bias", {}).items():
+        module = places.modules.get(name.removesuffix(".bias"))
+        own = getattr(module, "bias", None)
+        plain = isinstance(module, (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        if module is None or not isinstance(own, torch.Tensor):
+            problems.add(f"bias {name} is none of the model's")
+        elif not (plain or is_conv1d(module)) or own.shape != factor.shape:
+            problems.add(
+                f"bias {name}: {type(module).__name__} has {list(own.shape)}, the adapter {list(factor.shape)}"
+            )
+        else:
+            patches.append(BiasPatch(name, module, to_torch(factor, torch.float32, own.device)))
+    patches += _module_patches(extras.get("modules_to_save", {}), places, problems)
+    for name, (ids, factor) in extras.get("new_tokens", {}).items():
+        module = places.modules.get(name.removesuffix(".weight"))
+        if not isinstance(module, nn.Embedding) or factor.shape[-1] != module.embedding_dim:
+            problems.add(f"token rows of {name}: the model has no embedding of width {factor.shape[-1]} there")
+        elif ids and max(ids) >= module.num_embeddings:
+            problems.add(f"token rows of {name}: token {max(ids)} is outside the vocabulary of {module.num_embeddings}")
+        else:
+            rows = to_torch(factor, module.weight.dtype, module.weight.device)
+            patches.append(TokenPatch(name, module, ids, rows, _tied_head(places, module)))
+    return patches
+
+
+def _module_patches(saved: dict[str, Factor], places: Places, problems: Problems) -> list[ModulePatch]:
+    by_module: dict[str, dict[str, Factor]] = {}
+    for name, factor in saved.items():
+        path, _, parameter = name.rpartition(".")
+        module = places.modules.get(path)
+        own = None if module is None else module._parameters.get(parameter)
+        if own is None:
+            problems.add(f"saved module weight {name} is none of the model's")
+        elif own.shape != factor.shape:
+            problems.add(f"saved module weight {name} is {list(factor.shape)}, the model's {list(own.shape)}")
+        else:
+            by_module.setdefault(path, {})[parameter] = factor
+    patches = []
+    for path, factors in by_module.items():
+        module, parent = places.modules[path], places.modules[path.rpartition(".")[0]]
+        like = {name: module._parameters[name] for name in factors}
+        tensors = {n: to_torch(f, like[n].dtype, like[n].device) for n, f in factors.items()}
+        patches.append(ModulePatch(path, parent, module, tensors))
+    return patches
+
+
+def _tied_head(places: Places, embedding: nn.Embedding) -> nn.Module | None:
+    """The output layer that shares the embedding's weight, which PEFT changes along."""
+    for module in places.modules.values():
+        if isinstance(module, nn.Linear) and module.weight is embedding.weight:
+            return module
+    return None
+
+
+def check_saved_embeddings(extras: Any, places: Places, problems: Problems) -> None:
+    """Embeddings that PEFT saved along must be the base's own; others are a changed base in disguise."""
+    for name, factor in extras.get("base_weight", {}).items():
+        path, _, parameter = name.rpartition(".")
+        module = places.modules.get(path)
+        own = getattr(module, parameter, None)
+        if not isinstance(own, torch.Tensor):
+            problems.add(f"saved base weight {name} is none of the model's")
+        elif own.shape != factor.shape or not torch.allclose(
+            own.detach().float().cpu(), to_torch(factor, torch.float32, torch.device("cpu")), rtol=1e-2, atol=1e-3
+        ):
+            problems.add(
+                f"saved base weight {name} {list(factor.shape)} differs from the model's {list(own.shape)}: "
+                "the adapter was trained on a changed base; load it into the model first, "
+                "or leave it out with without_extras('base_weight')"
+            )

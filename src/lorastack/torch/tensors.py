@@ -1,0 +1,37 @@
+"""NumPy arrays of adapters as torch tensors, sharing memory where types and device allow it."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+
+from lorastack.factor import Factor
+
+with warnings.catch_warnings():
+    # Torch warns once that a read-only array could be written to through its tensor; nothing here writes to one.
+    warnings.simplefilter("ignore")
+    _frozen = np.zeros(1, np.float32)
+    _frozen.flags.writeable = False
+    torch.from_numpy(_frozen)
+
+
+def to_torch(factor: Factor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The factor's numbers in ``dtype`` on ``device``; a view of the mapped file when nothing has to change.
+
+    Raises
+    ------
+    NonFiniteError
+        On NaN or Inf, unless the adapter was loaded with ``allow_nonfinite``.
+    """
+    array = factor.take()
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    if array.dtype.name == "bfloat16":
+        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    elif array.dtype.kind == "f":
+        tensor = torch.from_numpy(array)
+    else:
+        tensor = torch.from_numpy(array.astype(np.float32))
+    return tensor.to(device=device, dtype=dtype)
