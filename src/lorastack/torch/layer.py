@@ -106,15 +106,23 @@ class LiveLayer:
             x = x.to(self.dtype)
         if self._in_order:
             return self._one_by_one(x, output, lambda t, a: F.linear(t, a), lambda t, b: F.linear(t, b))
-        if self.mixture is None:
-            h = F.linear(x, self.a) * self.s
-            b = self.b
-        else:
-            h, b = self.mixture.linear(self, x)
+        if self.mixture is not None:
+            return self.mixture.add_linear(self, x, output)
+        h = F.linear(x, self.a) * self.s
         if h.dtype != output.dtype:
-            return (output.to(h.dtype) + self._biased(F.linear(h, b))).to(output.dtype)
-        flat = torch.addmm(output.reshape(-1, output.shape[-1]), h.reshape(-1, h.shape[-1]), b.t())
-        return self._biased(flat.view(output.shape))
+            return (output.to(h.dtype) + self._biased(F.linear(h, self.b))).to(output.dtype)
+        flat = output.reshape(-1, output.shape[-1])
+        h = h.reshape(-1, h.shape[-1])
+        if self.may_add_in_place(output):
+            flat.addmm_(h, self.b.t())
+            return self._biased(output)
+        return self._biased(torch.addmm(flat, h, self.b.t()).view(output.shape))
+
+    def may_add_in_place(self, output: torch.Tensor) -> bool:
+        """Whether the output is a fresh tensor that nobody else has seen, which saves a copy of it."""
+        module = self.place.module
+        fresh = type(module) is nn.Linear and output.is_contiguous() and not output.requires_grad
+        return fresh and len(module._forward_hooks) == 1
 
     def _embedding(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         # F.embedding wants rows by token; A is kept [R, vocabulary], so the columns are picked instead.

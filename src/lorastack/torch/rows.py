@@ -1,20 +1,46 @@
 """Mixtures by row: every row of a batch has its own scales, as a matrix rows x adapters.
 
-A layer's hidden vector ``H = X A_all^T`` has a part for every adapter; each row keeps what its mixture
-says: ``where(S != 0, H * S, 0)``, so that Inf or NaN of an adapter that a row does not use cannot reach it.
-The weights are read once, whatever the rows want.
+Two ways to compute it, chosen for each layer by how much the dense one would waste:
+
+*gathered* - each row's own factors side by side, padded to the widest row, gathered once for each batch
+composition with the scales folded in; two batched products. A row meets no factor but its own.
+
+*dense* - ``H = X A_all^T`` for all adapters in use, then ``where(S != 0, H * S, 0)``, so that Inf or NaN
+of an adapter that a row does not use cannot reach it. Reads the weights once, whatever the rows want.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from lorastack.errors import ShapeError
 
 if TYPE_CHECKING:
     from lorastack.torch.layer import LiveLayer
+
+#: Gathered factors may be this many times the attached ones before rows share them instead.
+MAX_GATHERED = 8
+#: Dense pays for every adapter in use; gathering wins from about here (benchmarks/rows.py).
+DENSE_WASTE = 2
+
+
+class Gathered(NamedTuple):
+    """Each row's own factors: ``a [rows, in, r]``, ``b [rows, r, out]``, scales folded into b."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+class Dense(NamedTuple):
+    """All factors in use, and each row's multipliers ``scales [rows, R]``."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scales: torch.Tensor
+    mask: torch.Tensor
 
 
 class Mixture:
@@ -30,57 +56,93 @@ class Mixture:
     def __init__(self, table: torch.Tensor, index: torch.Tensor | None = None) -> None:
         self.table = table
         self.index = index
-        self.active = [n for n in range(table.shape[1]) if bool((table[:, n] != 0).any())]
+        self.rows = table.shape[0]
+        self.wanted = [[n for n, scale in enumerate(row) if scale != 0] for row in table.tolist()]
+        self.active = {n for row in self.wanted for n in row}
 
-    def linear(self, layer: LiveLayer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The masked hidden vectors of ``x`` and the ``B`` they go with."""
-        a, b, scales, mask = self._factors(layer)
-        h = torch.nn.functional.linear(x, a)
-        return self._mask(h, scales, mask), b
+    def add_linear(self, layer: LiveLayer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """``output`` plus every row's own sum."""
+        if layer.mixed is None:
+            layer.mixed = self._choose(layer)
+        way = layer.mixed
+        x = x.to(way.a.dtype)
+        if isinstance(way, Gathered):
+            out = output.reshape(self.rows, self._tokens(output.numel() // output.shape[-1]), -1)
+            h = torch.bmm(x.reshape(self.rows, -1, x.shape[-1]), way.a)
+            if out.dtype == h.dtype:
+                if layer.may_add_in_place(output):
+                    out.baddbmm_(h, way.b)
+                    return output
+                return torch.baddbmm(out, h, way.b).view(output.shape)
+            return (out + torch.bmm(h, way.b)).to(output.dtype).view(output.shape)
+        y = F.linear(self.mask(F.linear(x, way.a), way), way.b)
+        return (output + y).to(output.dtype)
 
     def scale(self, layer: LiveLayer, h: torch.Tensor) -> torch.Tensor:
-        """Hidden vectors of all of the layer's adapters, scaled row by row."""
-        scales = layer_scales(layer, self.table, range(self.table.shape[1]))
-        return self._mask(h, scales, scales != 0)
+        """Hidden vectors of all of the layer's adapters, ``[..., R]``, scaled row by row."""
+        scales = self._scales(layer, layer.slots).to(h.dtype)
+        return self.mask(h, Dense(layer.a, layer.b, scales, scales != 0))
 
-    def _factors(self, layer: LiveLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Factors of the adapters that some row uses, gathered once for each layer and composition."""
-        if layer.mixed is None:
-            used = [slot.entry in self.active for slot in layer.slots]
-            scales = layer_scales(layer, self.table, self.active)
-            if all(used):
-                layer.mixed = (layer.a, layer.b, scales, scales != 0)
-            else:
-                ranks = torch.tensor([slot.rank for slot in layer.slots])
-                picked = torch.repeat_interleave(torch.tensor(used), ranks).to(layer.a.device)
-                layer.mixed = (layer.a[picked], layer.b[:, picked], scales, scales != 0)
-        return layer.mixed
-
-    def _mask(self, h: torch.Tensor, scales: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        rows, rank = scales.shape
+    def mask(self, h: torch.Tensor, way: Dense) -> torch.Tensor:
+        """``where(S != 0, h * S, 0)``, each token with its row's S."""
+        rank = way.scales.shape[1]
         if self.index is not None:
             flat = h.reshape(-1, rank)
             if flat.shape[0] != self.index.shape[0]:
                 raise ShapeError(f"a layer got {flat.shape[0]} tokens, the packed rows index {self.index.shape[0]}")
-            index = self.index
-            return torch.where(mask[index], flat * scales[index], 0).view(h.shape)
-        tokens = h.numel() // rank if rank else 0
-        if rows == 0 or tokens % rows:
-            raise ShapeError(
-                f"a layer got {tokens} tokens, which {rows} rows do not share evenly; is the batch {rows}?"
-            )
-        each = h.reshape(rows, tokens // rows, rank)
-        return torch.where(mask[:, None], each * scales[:, None], 0).view(h.shape)
+            index = self.index.to(h.device)
+            return torch.where(way.mask[index], flat * way.scales[index], 0).view(h.shape)
+        each = h.reshape(self.rows, self._tokens(h.numel() // max(rank, 1)), rank)
+        return torch.where(way.mask[:, None], each * way.scales[:, None], 0).view(h.shape)
+
+    def _tokens(self, total: int) -> int:
+        if total % self.rows:
+            raise ShapeError(f"a layer got {total} tokens, which {self.rows} rows do not share; is that the batch?")
+        return total // self.rows
+
+    def _choose(self, layer: LiveLayer) -> Gathered | Dense:
+        ranks = {slot.entry: slot.rank for slot in layer.slots}
+        in_use = sum(rank for entry, rank in ranks.items() if entry in self.active)
+        widest = max((sum(ranks.get(n, 0) for n in row) for row in self.wanted), default=0)
+        if self.index is None and widest * DENSE_WASTE <= in_use and widest * self.rows <= MAX_GATHERED * layer.rank:
+            return self._gather(layer, max(widest, 1))
+        slots = [slot for slot in layer.slots if slot.entry in self.active]
+        scales = self._scales(layer, slots)
+        a, b = layer.a, layer.b
+        if len(slots) < len(layer.slots):
+            used = torch.tensor([slot.entry in self.active for slot in layer.slots])
+            picked = torch.repeat_interleave(used, torch.tensor([slot.rank for slot in layer.slots])).to(a.device)
+            a, b = a[picked], b[:, picked]
+        dtype = product_type(layer)
+        return Dense(a.to(dtype), b.to(dtype), scales.to(dtype), scales != 0)
+
+    def _gather(self, layer: LiveLayer, widest: int) -> Gathered:
+        dtype = product_type(layer)
+        a = layer.a.new_zeros((self.rows, widest, layer.a.shape[1]), dtype=dtype)
+        b = layer.b.new_zeros((self.rows, widest, layer.b.shape[0]), dtype=dtype)
+        starts, at = {}, 0
+        for slot in layer.slots:
+            starts[slot.entry] = (at, slot)
+            at += slot.rank
+        for row, entries in enumerate(self.wanted):
+            to = 0
+            for entry in entries:
+                if entry in starts:
+                    start, slot = starts[entry]
+                    stop, end = start + slot.rank, to + slot.rank
+                    a[row, to:end] = layer.a[start:stop]
+                    multiplier = float(self.table[row, entry]) * slot.scaling
+                    torch.mul(layer.b[:, start:stop].t().to(dtype), multiplier, out=b[row, to:end])
+                    to = end
+        return Gathered(a.transpose(1, 2), b)
+
+    def _scales(self, layer: LiveLayer, slots: list) -> torch.Tensor:
+        """``[rows, R]``: each row's scale times the scaling of every rank row of these adapters."""
+        parts = [(self.table[:, slot.entry, None] * slot.scaling).expand(-1, slot.rank) for slot in slots]
+        whole = torch.cat(parts, 1) if parts else self.table.new_zeros((self.rows, 0))
+        return whole.to(layer.a.device)
 
 
-def layer_scales(layer: LiveLayer, table: torch.Tensor, active: list[int] | range) -> torch.Tensor:
-    """``[rows, R]``: each row's scale times the scaling of every rank row of the layer's active adapters."""
-    wanted = set(active)
-    parts = [
-        (table[:, slot.entry, None] * slot.scaling).expand(-1, slot.rank)
-        for slot in layer.slots
-        if slot.entry in wanted
-    ]
-    if not parts:
-        return table.new_zeros((table.shape[0], 0)).to(layer.dtype)
-    return torch.cat(parts, 1).to(device=layer.a.device, dtype=layer.dtype)
+def product_type(layer: LiveLayer) -> torch.dtype:
+    """The type rows are computed in: float32 on a CPU, where products in 16 bits are many times as slow."""
+    return torch.float32 if layer.a.device.type == "cpu" and layer.a.element_size() == 2 else layer.a.dtype
