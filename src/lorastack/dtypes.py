@@ -6,6 +6,8 @@ import numpy as np
 
 from lorastack.errors import ArgumentError, FormatError
 
+#: A scaling beyond this would be infinite in the type that updates are computed in.
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 #: What ``dtype=`` takes.
 NAMES = ("f32", "f16", "bf16", "q8_0")
 

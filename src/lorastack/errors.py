@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+
+
+def shown(value: object) -> str:
+    """A value out of a file as a message shows it: however long or deep it is, on one line.
+
+    >>> shown([[[[[[[[]]]]]]]])
+    '[[[[[[[...]]]]]]]'
+    """
+    return _REPR.repr(value)
 
 
 class LoraStackError(Exception):
@@ -63,18 +80,57 @@ class Problems:
     def __init__(self, subject: str) -> None:
         self.subject = subject
         self.lines: list[str] = []
+        self._errors: list[LoraStackError] = []
 
     def __bool__(self) -> bool:
         return bool(self.lines)
 
-    def add(self, line: str) -> None:
-        self.lines.append(line)
+    def add(self, problem: str | LoraStackError) -> None:
+        """Note a problem: a line, or an error caught on the way, with all it lists."""
+        if isinstance(problem, LoraStackError):
+            self._errors.append(problem)
+            problem = str(problem).replace("\n", "\n  ")
+        self.lines.append(problem)
 
     def raise_any(self, kind: type[LoraStackError]) -> None:
-        """Raise ``kind`` with every line collected; do nothing when there is none."""
+        """Raise ``kind`` with every line collected; do nothing when there is none.
+
+        A single error that was caught is raised again as it was.
+        """
+        if len(self.lines) == len(self._errors) == 1:
+            raise self._errors[0]
         if self.lines:
             count = len(self.lines)
             raise kind(f"{self.subject}: {count} problem{'s' if count > 1 else ''}", self.lines)
+
+
+class Failures:
+    """Collects errors while work goes on, so that one error can list them all."""
+
+    def __init__(self, subject: str) -> None:
+        self.subject = subject
+        self.errors: list[LoraStackError] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.errors)
+
+    def get(self, compute: Callable[[], T]) -> T | None:
+        """What ``compute`` returns; None, with the error kept, when it raises one of ours."""
+        try:
+            return compute()
+        except LoraStackError as error:
+            self.errors.append(error)
+            return None
+
+    def raise_any(self) -> None:
+        """Raise the error there was, or one that lists them all, of their kind if they have one."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            kinds = {type(error) for error in self.errors}
+            problems = Problems(self.subject)
+            problems.lines = [line for error in self.errors for line in error.problems or [str(error)]]
+            problems.raise_any(kinds.pop() if len(kinds) == 1 else FormatError)
 
 
 def require(module: str, extra: str) -> object:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from lorastack.dtypes import cast, nonfinite_count
-from lorastack.errors import NonFiniteError
+from lorastack.errors import Failures, NonFiniteError
 
 
 class Factor:
@@ -122,10 +123,14 @@ class JoinedFactor(Factor):
     def _join(self, times: float, dtype: np.dtype) -> np.ndarray:
         out = np.empty(self.shape, dtype)
         start = 0
+        failures = Failures("factors that are joined cannot be used")
         for own, factor in self.parts:
             stop = start + factor.shape[self.axis]
-            out[(slice(None),) * self.axis + (slice(start, stop),)] = factor.cast(own * times, dtype)
+            part = failures.get(partial(factor.cast, own * times, dtype))
+            if part is not None:
+                out[(slice(None),) * self.axis + (slice(start, stop),)] = part
             start = stop
+        failures.raise_any()
         return out
 
     def cast(self, times: float, dtype: np.dtype) -> np.ndarray:

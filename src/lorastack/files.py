@@ -70,7 +70,7 @@ def _move(source: Path, target: Path, scratch: Path) -> None:
     old = scratch / "old"
     # A folder cannot be moved over another, and a file not over a folder: the old one steps aside first.
     aside = target.is_dir() and not target.is_symlink()
-    if aside or (source.is_dir() and target.exists()):
+    if aside or (source.is_dir() and os.path.lexists(target)):
         os.replace(target, old)
         aside = True
     try:

@@ -183,22 +183,32 @@ class Recipe:
         With a base, adapters of different naming are converted to ``naming`` (the first one's when not given).
         """
         base = base if isinstance(base, BaseModel) or base is None else open_base(base)
+        stack = LoraStack()
         problems = Problems("cannot load the stack")
-        stack, failed = LoraStack(), None
-        for one in self.ingredients:
+        for lora, scale in self.entries(base=base, allow_nonfinite=allow_nonfinite, ignore=ignore):
             try:
-                lora = one.load(allow_nonfinite, ignore, base)
                 to = naming or stack.naming
                 if base is not None and to and to != lora.naming and "own" not in (to, lora.naming):
                     lora = convert_names(lora, base, to)
-                stack.push(lora, one.scale)
+                stack.push(lora, scale)
             except LoraStackError as error:
-                failed = error
-                problems.add(str(error).replace("\n", "\n  "))
-        if failed is not None and len(problems.lines) == 1:
-            raise failed
+                problems.add(error)
         problems.raise_any(ArgumentError)
         return stack
+
+    def entries(
+        self, *, base: BaseModel | None = None, allow_nonfinite: bool = False, ignore: Collection[str] = ()
+    ) -> list[tuple[LoadedLora, float]]:
+        """Load every ingredient, whatever its names; one error lists all that fail."""
+        problems = Problems("cannot load the stack")
+        loaded: list[tuple[LoadedLora, float]] = []
+        for one in self.ingredients:
+            try:
+                loaded.append((one.load(allow_nonfinite, ignore, base), one.scale))
+            except LoraStackError as error:
+                problems.add(error)
+        problems.raise_any(ArgumentError)
+        return loaded
 
 
 def load_stack(words: Iterable[str], **options: Any) -> LoraStack:

@@ -10,7 +10,8 @@ from typing import Any
 
 import orjson
 
-from lorastack.base.architectures import Architecture, architecture_of
+from lorastack.base.architectures import BY_HF, Architecture, architecture_of
+from lorastack.delta import LoraDelta
 from lorastack.errors import FormatError, Problems
 from lorastack.formats.gguf import open_reader
 from lorastack.formats.safetensors_file import SafetensorsFile
@@ -54,6 +55,30 @@ class BaseModel:
     def kv_heads(self) -> int:
         """Key/value heads; as many as heads when the configuration names none."""
         return self._number("attention.head_count_kv", "num_key_value_heads", default=self.heads)
+
+    def misfit(self, name: str, delta: LoraDelta) -> str | None:
+        """Say why ``delta`` is no update of the weight ``name``; None when it is, or its shape cannot be told."""
+        shape = self.shapes.get(name)
+        # A quantised weight is stored packed, in a shape of its own.
+        if not shape or self.config.get("quantization_config") or shape in (wanted := self._shapes(name, delta)):
+            return None
+        changes = " or ".join(str(list(s)) for s in wanted)
+        return f"weight {name} is {list(shape)} in the base, this adapter changes {changes}"
+
+    def _shapes(self, name: str, delta: LoraDelta) -> list[tuple[int, ...]]:
+        """The shapes of a weight that the update fits."""
+        n_in, n_out = delta.in_features, delta.out_features
+        if delta.kind == "embedding":
+            return [(n_in, n_out)]
+        if delta.kind == "conv":
+            return [(n_out, *delta.factors[0].shape[1:])]
+        if delta.kind == "experts":
+            experts = delta.num_experts or 0
+            return list(dict.fromkeys([(experts, n_out, n_in), (experts, n_in, n_out)]))
+        # transformers' Conv1D, which only GPT-2 and its kin use for all but the head, keeps its weight [in, out].
+        gpt2 = self.naming == "hf" and self.architecture_name in ("GPT2LMHeadModel", "GPT2Model")
+        conv1d = gpt2 and name != "lm_head.weight"
+        return [(n_in, n_out) if conv1d else (n_out, n_in)]
 
     def _number(self, gguf_key: str, *hf_keys: str, default: int | None = None) -> int:
         keys = [f"{self.architecture_name}.{gguf_key}"] if self.naming == "gguf" else list(hf_keys)
@@ -106,7 +131,17 @@ def _from_folder(folder: Path, given: str) -> BaseModel:
         shapes.update({name: info[1] for name, info in SafetensorsFile(file).tensors.items()})
     _check_index(folder, given, shapes)
     names = config.get("architectures") or [None]
-    return BaseModel(given, "hf", names[0], config, shapes)
+    return BaseModel(given, "hf", names[0], config, _prefixed(shapes, names[0]))
+
+
+def _prefixed(shapes: dict[str, tuple[int, ...]], architecture: str | None) -> dict[str, tuple[int, ...]]:
+    """The names as the model's class has them: some files on the hub (GPT-2's) leave out its prefix."""
+    prefix = BY_HF[architecture].prefix + "." if architecture in BY_HF else ""
+    if any(name.startswith(prefix) for name in shapes):
+        return shapes
+    return {
+        name if name.startswith(("lm_head", "embed_out")) else prefix + name: shape for name, shape in shapes.items()
+    }
 
 
 def _check_index(folder: Path, given: str, shapes: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = N
     Raises
     ------
     NamingError
-        Listing every weight that has no place in the base.
+        Listing every weight that has no place in the base, or another shape there.
     UnsupportedError
         When the architecture's row order is not known, or an extra cannot be converted.
     """
@@ -51,6 +51,7 @@ def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = N
     arch = base.architecture
     _check_architecture(lora, base, arch)
     names = to_gguf_names(lora, base) if to == "gguf" else to_hf_names(lora, base)
+    _check_shapes(lora, base, names)
 
     def rows(old: str) -> Any:
         gguf_name = names[old] if to == "gguf" else old
@@ -169,16 +170,8 @@ def to_hf_names(lora: LoadedLora, base: BaseModel) -> dict[str, str]:
 
 def hf_keys(base: BaseModel) -> dict[str, str]:
     """GGUF name -> the base's own key, for every key that has a GGUF name."""
-    arch = base.architecture
-    table = _name_map(arch.gguf, base.layers)
-    prefixed = any(key.startswith(arch.prefix + ".") for key in base.shapes)
-    known: dict[str, str] = {}
-    for key in base.shapes:
-        found = table.get_name(key, try_suffixes=(".weight",))
-        if found:
-            own_head = key.startswith(("lm_head", "embed_out"))
-            known[found] = key if prefixed or own_head else f"{arch.prefix}.{key}"
-    return known
+    table = _name_map(base.architecture.gguf, base.layers)
+    return {found: key for key in base.shapes if (found := table.get_name(key, try_suffixes=(".weight",)))}
 
 
 @lru_cache(maxsize=8)
@@ -191,6 +184,15 @@ def _check_architecture(lora: LoadedLora, base: BaseModel, arch: Architecture) -
     said = lora.metadata.get("general.architecture")
     if lora.naming == "gguf" and said is not None and architecture_of(said, "gguf").gguf != arch.gguf:
         raise NamingError(f"{lora.name} is for architecture {said!r}, base {base.name} is {arch.gguf!r}")
+
+
+def _check_shapes(lora: LoadedLora, base: BaseModel, names: Mapping[str, str]) -> None:
+    """Rows can be moved only where they are the base's own: NamingError lists the weights that are not."""
+    problems = Problems(f"{lora.name} does not fit base {base.name}")
+    for old, new in names.items():
+        if problem := base.misfit(old if old in base.shapes else new, lora.adapters[old]):
+            problems.add(problem)
+    problems.raise_any(NamingError)
 
 
 def _hf_metadata(base: BaseModel) -> dict[str, Any]:

@@ -57,5 +57,6 @@ def root(
 from lorastack.cli import apply as _apply  # noqa: E402
 from lorastack.cli import bake as _bake  # noqa: E402
 from lorastack.cli import inspect as _inspect  # noqa: E402
+from lorastack.cli import run as _run  # noqa: E402
 
-__all__ = ["_apply", "_bake", "_inspect", "app"]
+__all__ = ["_apply", "_bake", "_inspect", "_run", "app"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lorastack.adapter import LoadedLora
@@ -65,6 +67,7 @@ def save(
     dtype: str | None = None,
     force: bool = False,
     recipe: bool = True,
+    architecture: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
     """Write an adapter: to a ``.gguf`` file as llama.cpp reads it, to any other name as a PEFT folder.
@@ -79,6 +82,8 @@ def save(
         Replace an output that exists.
     recipe
         Keep in the file's metadata what the adapter was made of: sources, their sha256, scales.
+    architecture
+        GGUF: the base's architecture, such as ``"llama"``, of an adapter that does not say it (one made in memory).
     progress
         Called with the bytes of every tensor written.
 
@@ -93,6 +98,14 @@ def save(
     if path.suffix in (".safetensors", ".bin"):
         raise ArgumentError(f"{path}: an adapter is written as NAME.gguf, or as a PEFT folder: leave the ending out")
     as_gguf = path.suffix == ".gguf"
+    if architecture is not None:
+        said = lora.metadata.get("general.architecture")
+        if not as_gguf or said not in (None, architecture):
+            raise ArgumentError(
+                f"{path}: architecture={architecture!r} is for GGUF adapters that do not say theirs; "
+                + (f"{lora.name} says {said!r}" if as_gguf else "a PEFT folder has no such field")
+            )
+        lora = replace(lora, metadata=MappingProxyType({**lora.metadata, "general.architecture": architecture}))
     write = save_gguf if as_gguf else save_peft
     with whole_output(path, force, folder=not as_gguf) as scratch:
         write(lora, scratch, dtype, _recipe_of(lora) if recipe else None, progress)
@@ -133,7 +146,9 @@ def _load_file(path: Path, name: str | None, allow_nonfinite: bool, ignore: Coll
     if head.startswith(b"version https://git-lfs"):
         raise FormatError(f"{path}: it is a Git LFS pointer, not the file itself; run: git lfs pull")
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        raise FormatError(f"{path}: it is a pickle; only {peft.OLD_WEIGHTS} beside its {CONFIG_NAME} is read")
+        raise FormatError(
+            f"{path}: it is a pickle or a zip archive; only {peft.OLD_WEIGHTS} beside its {CONFIG_NAME} is read"
+        )
     if not head:
         raise FormatError(f"{path}: it is empty; fetch it again")
     weights = SafetensorsFile(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 from pathlib import Path
 from types import MappingProxyType
@@ -14,11 +13,13 @@ from gguf.constants import GGMLQuantizationType as Q
 
 from lorastack.adapter import LazyDeltas, LoadedLora
 from lorastack.delta import LoraDelta, misfit
-from lorastack.errors import FormatError, Problems
+from lorastack.dtypes import FLOAT32_MAX
+from lorastack.errors import FormatError, Problems, shown
 from lorastack.factor import Factor
 from lorastack.formats.gguf_header import check_header
 
-_READABLE = frozenset({Q.F32, Q.F16, Q.F64, *gguf.quants._type_traits})
+_PLAIN = frozenset({Q.F32, Q.F16, Q.F64})
+_READABLE = _PLAIN | frozenset(gguf.quants._type_traits)
 
 
 def load(path: Path, name: str | None = None, allow_nonfinite: bool = False) -> LoadedLora:
@@ -60,6 +61,7 @@ def _adapter(reader: gguf.GGUFReader, path: Path | None, name: str, allow_nonfin
     if metadata.get("general.type") != "adapter":
         problems.raise_any(FormatError)  # a list of a whole model's tensors would bury the one thing to say
     alpha = _alpha(reader, metadata, problems)
+    tokens = _invocation_tokens(metadata, problems)
     pairs, norms = _pair(reader, label, allow_nonfinite, problems)
     if not pairs and not problems:
         problems.add("it has no lora_a/lora_b tensors, so it would change nothing; convert the adapter again")
@@ -73,8 +75,8 @@ def _adapter(reader: gguf.GGUFReader, path: Path | None, name: str, allow_nonfin
         return LoraDelta(a, b, alpha / rank if alpha else 1.0, kind)
 
     extras: dict[str, Any] = {"norm": norms} if norms else {}
-    if tokens := metadata.get("adapter.alora.invocation_tokens"):
-        extras["alora"] = {"invocation_tokens": tuple(tokens)}
+    if tokens:
+        extras["alora"] = {"invocation_tokens": tokens}
     return LoadedLora(
         name=name,
         adapters=LazyDeltas(pairs, build),
@@ -116,10 +118,20 @@ def _alpha(reader: gguf.GGUFReader, metadata: dict[str, Any], problems: Problems
         value = metadata.get("lora.alpha")  # OxiLLaMa's key, which may be any number
     if value is None:
         return None
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        problems.add(f"alpha: found {value!r}, expected a finite number; convert the adapter again")
+    if type(value) not in (int, float) or not abs(value) <= FLOAT32_MAX:
+        problems.add(f"alpha: found {shown(value)}, expected a finite number; convert the adapter again")
         return None
     return float(value) or None
+
+
+def _invocation_tokens(metadata: dict[str, Any], problems: Problems) -> tuple[int, ...]:
+    """The tokens after which an activated LoRA acts; none for any other."""
+    key = "adapter.alora.invocation_tokens"
+    value = metadata.get(key, [])
+    if not isinstance(value, list) or not all(type(token) is int and token >= 0 for token in value):
+        problems.add(f"key {key}: found {shown(value)}, expected a list of token ids; convert the adapter again")
+        return ()
+    return tuple(value)
 
 
 def _pair(
@@ -132,6 +144,12 @@ def _pair(
         weight, _, part = tensor.name.rpartition(".")
         if tensor.tensor_type not in _READABLE:
             problems.add(f"tensor {tensor.name}: found type {tensor.tensor_type.name}, expected floats or quants")
+        elif reader.byte_order == "S" and tensor.tensor_type not in _PLAIN:
+            # gguf's own writer leaves packed types as they are, its gguf_convert_endian.py swaps them.
+            problems.add(
+                f"tensor {tensor.name}: {tensor.tensor_type.name} in a file of the other byte order, where only "
+                "F32, F16 and F64 are read; write it in this machine's"
+            )
         elif part in ("lora_a", "lora_b") and weight.endswith(".weight") and weight != "rope_freqs.weight":
             halves.setdefault(weight, {})[part] = _factor(tensor, label, allow_nonfinite)
         elif tensor.name.endswith("_norm.weight"):
@@ -166,8 +184,9 @@ def _factor(tensor: gguf.ReaderTensor, label: str, allow_nonfinite: bool) -> Fac
     shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
     kind = tensor.tensor_type
     data = np.asarray(tensor.data)
-    if kind in (Q.F32, Q.F16, Q.F64):
-        dtype, read = data.dtype, lambda: data.view()
+    if kind in _PLAIN:
+        dtype = data.dtype.newbyteorder("=")
+        read = data.view if data.dtype == dtype else lambda: data.astype(dtype)
     elif kind == Q.BF16:
         import ml_dtypes
 

@@ -17,8 +17,9 @@ from lorastack.errors import FormatError, Problems
 #: Bytes of a value by its GGUF type number; 8 is a string, 9 an array.
 _SCALAR = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY, _U32 = 8, 9, 4
-#: The reader keeps several objects for each element of an array; no adapter has use for more.
-MAX_ELEMENTS = 1 << 16
+#: The reader keeps several objects for each key and each element of an array; no adapter has use for more.
+MAX_ELEMENTS = 1 << 15
+MAX_KEYS = 1 << 12
 
 
 class _Cursor:
@@ -66,6 +67,8 @@ def check_header(data: memoryview, label: str, max_elements: int = MAX_ELEMENTS)
     for what, count, least in (("keys", key_count, 13), ("tensors", tensor_count, 24)):
         if count * least > len(data):
             raise FormatError(f"{label}: {count} {what} in a file of {len(data)} bytes; it is damaged")
+    if key_count > MAX_KEYS:
+        raise FormatError(f"{label}: {key_count} keys, at most {MAX_KEYS} are read; no GGUF file needs so many")
     problems = Problems(f"cannot read {label}")
     alignment = _check_keys(cursor, key_count, max_elements, problems)
     _check_tensors(cursor, tensor_count, alignment, problems)
@@ -91,7 +94,7 @@ def _check_keys(cursor: _Cursor, count: int, max_elements: int, problems: Proble
         elif kind in _SCALAR:
             cursor.skip(_SCALAR[kind])
         elif kind == _STRING:
-            cursor.skip(cursor.number("Q"))
+            cursor.string(f"the value of key {key!r}")
         elif kind == _ARRAY:
             elements += _check_array(cursor, key)
             if elements > max_elements:
@@ -111,8 +114,12 @@ def _check_array(cursor: _Cursor, key: str) -> int:
     elif inner == _STRING:
         if length * 8 > len(cursor.data):
             raise FormatError(f"{cursor.label}: key {key!r} has {length} strings in {len(cursor.data)} bytes")
+        tokens = key.startswith("tokenizer.")  # some vocabularies hold bytes that are no text; nobody here reads them
         for _ in range(length):
-            cursor.skip(cursor.number("Q"))
+            if tokens:
+                cursor.skip(cursor.number("Q"))
+            else:
+                cursor.string(f"a value of key {key!r}")
     else:
         raise FormatError(f"{cursor.label}: key {key!r} is an array of type {inner}, which GGUF does not allow")
     return length

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -14,7 +15,7 @@ from gguf.constants import GGMLQuantizationType as Q
 from lorastack import dtypes
 from lorastack.adapter import LoadedLora
 from lorastack.delta import LoraDelta
-from lorastack.errors import FormatError, Problems
+from lorastack.errors import Failures, FormatError, Problems
 from lorastack.extras import HARMLESS, KINDS
 from lorastack.factor import Factor
 from lorastack.formats.peft import RECIPE_KEY
@@ -22,6 +23,13 @@ from lorastack.formats.peft import RECIPE_KEY
 #: GGML_MAX_NAME, the closing zero included.
 _MAX_NAME = 64
 _TYPES = {"f32": Q.F32, "f16": Q.F16, "bf16": Q.BF16, "q8_0": Q.Q8_0}
+
+
+class _Plain(np.ndarray):
+    """An array that says why it could not be written: NumPy's own ``tofile`` loses the system's reason."""
+
+    def tofile(self, file: Any, *_: Any) -> None:
+        file.write(self.view(np.uint8).reshape(-1).data)
 
 
 class _Tensor(NamedTuple):
@@ -65,13 +73,17 @@ def save_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for t in tensors:
-            data = _data(t)
-            writer.write_tensor_data(data)
+        failures = Failures(f"{lora.name} cannot be written as GGUF")
+        computed: list[Callable[[], np.ndarray]] = [partial(_data, t) for t in tensors]
+        computed += [partial(_norm, norm) for norm in lora.extras.get("norm", {}).values()]
+        for compute in computed:
+            data = failures.get(compute)
+            if data is None or failures:
+                continue  # nothing will be kept; the rest is only looked at, to say all that is wrong
+            writer.write_tensor_data(data.view(_Plain))
             if progress:
                 progress(data.nbytes)
-        for norm in lora.extras.get("norm", {}).values():
-            writer.write_tensor_data(np.ascontiguousarray(norm.take(), np.float32))
+        failures.raise_any()
     finally:
         writer.close()
 
@@ -98,8 +110,8 @@ def _check(lora: LoadedLora) -> None:
     for name, delta in lora.adapters.items():
         if delta.kind == "conv":
             problems.add(f"weight {name} is a convolution, which GGUF adapters cannot hold")
-        if len(f"{name}.lora_a".encode()) >= _MAX_NAME:
-            problems.add(f"tensor {name}.lora_a: the name has {len(name) + 7} bytes, GGUF takes {_MAX_NAME - 1}")
+        if (length := len(f"{name}.lora_a".encode())) >= _MAX_NAME:
+            problems.add(f"tensor {name}.lora_a: the name has {length} bytes, GGUF takes {_MAX_NAME - 1}")
     for kind, values in lora.extras.items():
         if kind not in ("norm", "alora") and kind not in HARMLESS:
             first = next(iter(values))
@@ -135,6 +147,10 @@ def _data(tensor: _Tensor) -> np.ndarray:
     array = tensor.factor.cast(tensor.times, dtypes.numpy_type("f32" if quantised else tensor.kind))
     array = np.ascontiguousarray(array.T if tensor.transpose else array)
     return gguf.quants.quantize(array, Q.Q8_0) if quantised else array
+
+
+def _norm(norm: Factor) -> np.ndarray:
+    return np.ascontiguousarray(norm.take(), np.float32)
 
 
 def _write_keys(writer: gguf.GGUFWriter, lora: LoadedLora, alpha: float, recipe: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from lorastack.adapter import LazyDeltas, LoadedLora
 from lorastack.delta import Kind, LoraDelta, misfit
-from lorastack.errors import FormatError, Problems
+from lorastack.errors import FormatError, Problems, shown
 from lorastack.factor import Factor
 from lorastack.formats.peft_config import CONFIG_NAME, PeftConfig, parse_config
 from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
@@ -162,15 +163,19 @@ class _Sorter:
             if key_b is None:
                 continue
             (dtype_a, shape_a, *_), (dtype_b, shape_b, *_) = self.tensors.tensors[key_a], self.tensors.tensors[key_b]
-            rank, scaling = self.config.rank_of(module), self.config.scaling_of(module)
             for key, dtype in ((key_a, dtype_a), (key_b, dtype_b)):
                 if dtype not in FLOATS:
                     self.problems.add(f"{where}: tensor {key} is {dtype}, expected a float type")
             kind: Kind = "embedding" if embedding else "linear" if len(shape_a) == 2 else "conv"
             weight = module + ".weight"
-            if self.config.target_parameters and (found := self._parameter(module, a)):
-                weight, kind = found, "experts" if shape_a and shape_a[0] != rank else "linear"
+            parameter = self._parameter(module, a) if self.config.target_parameters else None
+            # PEFT looks a parameter up by its own name, in the patterns too.
+            rank, scaling = self.config.rank_of(parameter or module), self.config.scaling_of(parameter or module)
+            if parameter:
+                weight, kind = parameter, "experts" if shape_a and shape_a[0] != rank else "linear"
             self._check_shapes(module, shape_a, shape_b, rank, kind)
+            if weight in self.recipes:
+                self.problems.add(f"{where}: weight {weight} has two updates, by {self.recipes[weight][0]} and {key_a}")
             self.recipes[weight] = (key_a, key_b, scaling, kind, rank)
 
     def _check_shapes(self, module: str, a: tuple[int, ...], b: tuple[int, ...], rank: int, kind: Kind) -> None:
@@ -189,7 +194,7 @@ class _Sorter:
                 "(r or rank_pattern), on which the scaling depends; correct the config"
             )
 
-    def _parameter(self, module: str, modules: dict[str, str]) -> str | None:
+    def _parameter(self, module: str, modules: Collection[str]) -> str | None:
         """The parameter that a module's factors belong to under ``target_parameters``; None: its weight.
 
         PEFT wraps a module once for each parameter targeted, in the module's own order: the first is the
@@ -217,6 +222,12 @@ class _Sorter:
                 )
                 return None
             wanted.sort(key=order.index)
+        if any(holder + ".base_layer" * n not in modules for n in range(len(wanted))):
+            self.problems.add(
+                f"{self.tensors.path}: module {holder} has fewer factors than target_parameters {wanted}; "
+                "save the adapter again"
+            )
+            return None
         if depth >= len(wanted):
             self.problems.add(f"{self.tensors.path}: module {module}: more factors than target_parameters {wanted}")
             return None
@@ -229,14 +240,20 @@ class _Sorter:
         if factor is None:
             return
         if part in ("dora", "lora_bias"):
-            self.extras.setdefault(part, {})[weight] = factor
+            self._keep(part, weight, factor, key)
         elif part == "new_tokens":
-            self.extras.setdefault(part, {})[weight] = (self._token_ids(module, factor.shape[0]), factor)
+            self._keep(part, weight, (self._token_ids(module, factor.shape), factor), key)
         elif "lora_" in key or "token_adapter" in key:
             self._refuse(key)
         else:
             kind, own = self._saved_kind(key[17:])
-            self.extras.setdefault(kind, {})[own] = factor
+            self._keep(kind, own, factor, key)
+
+    def _keep(self, kind: str, name: str, value: Any, key: str) -> None:
+        kept = self.extras.setdefault(kind, {})
+        if name in kept:
+            self.problems.add(f"{self.tensors.path}: tensor {key} is a second {kind} of {name}")
+        kept[name] = value
 
     def _float_factor(self, key: str) -> Factor | None:
         dtype = self.tensors.tensors[key][0]
@@ -254,15 +271,16 @@ class _Sorter:
             return "base_weight", own
         return "modules_to_save", own
 
-    def _token_ids(self, module: str, rows: int) -> tuple[int, ...]:
+    def _token_ids(self, module: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The token ids of the trained rows of one embedding."""
+        rows = shape[0] if len(shape) == 2 else -1
         said = self.config.raw.get("trainable_token_indices")
         if isinstance(said, dict):
             said = next((ids for key, ids in said.items() if module == key or module.endswith("." + key)), None)
         if not isinstance(said, list) or len(said) != rows or not all(type(i) is int and i >= 0 for i in said):
             self.problems.add(
-                f"{self.tensors.path}: module {module} has {rows} trained token rows, "
-                f"{CONFIG_NAME} names {said if said is None else str(said)[:60]} (trainable_token_indices)"
+                f"{self.tensors.path}: module {module} has trained token rows of shape {shape}, "
+                f"{CONFIG_NAME} names the tokens {shown(said)} (trainable_token_indices)"
             )
             return ()
         return tuple(said)
@@ -276,6 +294,10 @@ class _Sorter:
             for weight in sorted(have - want):
                 why = "has no lora_A and lora_B" if raw.get(field) else f"comes without {field} in {CONFIG_NAME}"
                 self.problems.add(f"{where}: the {kind} of {weight} {why}")
+            for weight in sorted(have & want):
+                shape, out = self.extras[kind][weight].shape, self.tensors.tensors[self.recipes[weight][1]][1][:1]
+                if out and math.prod(shape) != out[0]:
+                    self.problems.add(f"{where}: the {kind} of {weight} is {shape}, its lora_B has {out[0]} rows")
         if raw.get("trainable_token_indices") and "new_tokens" not in self.extras:
             self.problems.add(f"{where}: trainable_token_indices is set, but no trainable_tokens_delta is in the file")
         if tokens := raw.get("alora_invocation_tokens"):

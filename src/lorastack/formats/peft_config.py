@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Collection
@@ -11,9 +12,11 @@ from typing import Any
 
 import orjson
 
-from lorastack.errors import FormatError, Problems
+from lorastack.dtypes import FLOAT32_MAX
+from lorastack.errors import FormatError, Problems, shown
 
 CONFIG_NAME = "adapter_config.json"
+MAX_NESTING = 20
 
 #: Fields of peft.LoraConfig (0.21) that change training, naming or bookkeeping, but not the saved update.
 _WITHOUT_EFFECT = frozenset(
@@ -72,9 +75,15 @@ class PeftConfig:
 def _first_hit(pattern: dict[str, Any], module: str, default: Any) -> Any:
     # The rule of peft.utils.get_pattern_key: a key matches the end of the path, after a dot; the first one counts.
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if _compiled(key).match(module):
             return value
     return default
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _compiled(key: str) -> re.Pattern[str]:
+    # A pattern may have a key for each of a model's modules, and re's own cache holds 512.
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -86,6 +95,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: it is no JSON ({error}); fetch it again") from error
     if not isinstance(raw, dict):
         raise FormatError(f"{path}: it is no JSON object; fetch it again")
+    inside: list[Any] = [raw]
+    for _ in range(MAX_NESTING):
+        inside = [v for value in inside for v in (value.values() if isinstance(value, dict) else value)]
+        inside = [value for value in inside if isinstance(value, (dict, list))]
+    if inside:
+        raise FormatError(f"{path}: it is nested more than {MAX_NESTING} deep, no configuration is; fetch it again")
     return raw
 
 
@@ -96,31 +111,31 @@ def parse_config(
     raw = {key: value for key, value in raw.items() if key not in ignore} if ignore else raw
     kind = raw.get("peft_type")
     if kind != "LORA":
-        problems.add(f"{label}: peft_type is {kind!r}, only 'LORA' is a LoRA adapter; use PEFT itself for others")
+        problems.add(f"{label}: peft_type is {shown(kind)}, only 'LORA' is a LoRA adapter; use PEFT itself for others")
         return None
     _check_fields(raw, label, problems)
     rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)  # PEFT's own defaults
     rank_pattern, alpha_pattern = raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}
     before = len(problems.lines)
     if not _whole(rank):
-        problems.add(f"{label}: r is {rank!r}, expected a whole number above 0")
+        problems.add(f"{label}: r is {shown(rank)}, expected a whole number above 0")
     if not _finite(alpha):
-        problems.add(f"{label}: lora_alpha is {alpha!r}, expected a finite number")
+        problems.add(f"{label}: lora_alpha is {shown(alpha)}, expected a finite number")
     for field, pattern, good in (
         ("rank_pattern", rank_pattern, _whole),
         ("alpha_pattern", alpha_pattern, _finite),
     ):
         if not isinstance(pattern, dict) or not all(good(value) for value in pattern.values()):
-            problems.add(f"{label}: {field} is {pattern!r}, expected module names with numbers")
+            problems.add(f"{label}: {field} is {shown(pattern)}, expected module names with numbers")
             continue
         for key in pattern:
             try:
-                re.compile(key)
-            except re.error as error:
-                problems.add(f"{label}: {field} has {key!r}, which is no regular expression ({error})")
+                _compiled(key)
+            except (re.error, OverflowError, RecursionError) as error:
+                problems.add(f"{label}: {field} has {shown(key)}, which is no regular expression ({error})")
     parameters = raw.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(p, str) for p in parameters):
-        problems.add(f"{label}: target_parameters is {parameters!r}, expected a list of names")
+        problems.add(f"{label}: target_parameters is {shown(parameters)}, expected a list of names")
     if len(problems.lines) > before:
         return None
     return PeftConfig(
@@ -137,7 +152,7 @@ def _check_fields(raw: dict[str, Any], label: str, problems: Problems) -> None:
             problems.add(f"{label}: {field} is set: {why}, which is not supported")
         else:
             problems.add(
-                f"{label}: {field} = {str(value)[:60]!r} is a field not known here, which may change the result; "
+                f"{label}: {field} = {shown(value)} is a field not known here, which may change the result; "
                 f"pass ignore=[{field!r}] (--ignore {field}) if you know that it does not"
             )
     start = raw.get("init_lora_weights")
@@ -154,4 +169,4 @@ def _whole(value: object) -> bool:
 
 
 def _finite(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) in (int, float) and abs(value) <= FLOAT32_MAX  # type: ignore[arg-type]

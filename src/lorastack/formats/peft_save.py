@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,9 @@ def _check(lora: LoadedLora) -> None:
 def _config(lora: LoadedLora) -> dict[str, Any]:
     modules = {module_of(name): delta for name, delta in lora.adapters.items() if delta.kind != "experts"}
     parameters = {name: delta for name, delta in lora.adapters.items() if delta.kind == "experts"}
-    # rank_pattern is looked up by module: the experts module holds its parameters.
-    looked_up = modules | {name.rpartition(".")[0]: delta for name, delta in parameters.items()}
+    looked_up = modules | parameters  # in rank_pattern and alpha_pattern: by module, or by parameter with its name
     rank = Counter(delta.rank for delta in looked_up.values()).most_common(1)[0][0]
-    alpha, rslora, odd = _scaling(lora, rank)
-    exact = Anchors(list(looked_up))
+    alpha, rslora, odd = _scaling(looked_up)
     config: dict[str, Any] = {key: lora.metadata[key] for key in _KEPT if lora.metadata.get(key)}
     config |= {
         "peft_type": "LORA",
@@ -85,20 +83,19 @@ def _config(lora: LoadedLora) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
         "target_modules": sorted(modules),
-        "rank_pattern": {exact.key(m): d.rank for m, d in looked_up.items() if d.rank != rank},
-        "alpha_pattern": {exact.key(m): _whole(odd[m]) for m in looked_up if m in odd},
+        "rank_pattern": {pattern_key(m): d.rank for m, d in looked_up.items() if d.rank != rank},
+        "alpha_pattern": {pattern_key(m): _whole(alpha) for m, alpha in odd.items()},
     }
     if parameters:
         config["target_parameters"] = sorted(parameters)
     return config
 
 
-def _scaling(lora: LoadedLora, rank: int) -> tuple[float, bool, dict[str, float]]:
+def _scaling(owners: Mapping[str, LoraDelta]) -> tuple[float, bool, dict[str, float]]:
     """(lora_alpha, use_rslora, alpha of the modules that need another): the simplest that is exact.
 
     PEFT computes alpha/rank, or alpha/√rank under rsLoRA, in float64.
     """
-    owners = {(n.rpartition(".")[0] if d.kind == "experts" else module_of(n)): d for n, d in lora.adapters.items()}
     for rslora in (False, True):
 
         def power(delta: LoraDelta, rslora: bool = rslora) -> float:
@@ -122,20 +119,9 @@ def _whole(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-class Anchors:
-    """Pattern keys that hit one module only: PEFT matches a key against the end of every module's path."""
-
-    def __init__(self, modules: list[str]) -> None:
-        self._tails = Counter(m[i:] for m in modules for i in _starts(m))
-
-    def key(self, module: str) -> str:
-        return module if self._tails[module] == 1 else "^" + re.escape(module)
-
-
-def _starts(module: str) -> Iterator[int]:
-    yield 0
-    for match in re.finditer(r"\.", module):
-        yield match.end()
+def pattern_key(name: str) -> str:
+    """A pattern that hits this module only: PEFT matches regular expressions against the end of every path."""
+    return "^" + re.escape(name)
 
 
 def module_of(name: str) -> str:

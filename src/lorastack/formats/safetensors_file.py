@@ -8,16 +8,19 @@ order, no hole, no overlap, no byte left over). Parsing it is what opening a fil
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 
-from lorastack.errors import FormatError, Problems
+from lorastack.errors import FormatError, Problems, shown
 from lorastack.factor import Factor
 
 MAX_HEADER = 100_000_000
+#: What every NumPy can hold.
+MAX_DIMENSIONS = 32
 _ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
          "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}  # fmt: skip
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
@@ -48,7 +51,7 @@ class SafetensorsFile:
             raw = file.read(length)
         self._start = 8 + length
         header = _parse(raw, path)
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}  # MLX writes null there
         if not isinstance(metadata, dict):
             raise FormatError(f"{path}: __metadata__ in the header is no object; the file is damaged")
         self.metadata: dict[str, str] = metadata
@@ -92,7 +95,8 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise FormatError(f"{path}: its header is no JSON object; it is no safetensors file")
     # A name given twice would silently lose one of the two: the parser keeps the last.
-    if raw.count(b'"data_offsets"') != len(header) - ("__metadata__" in header):
+    # "\\u" may spell the counted word in another way.
+    if raw.count(b'"data_offsets"') != len(header) - ("__metadata__" in header) or b"\\u" in raw:
         _refuse_twins(raw, path)
     return header
 
@@ -103,12 +107,14 @@ def _refuse_twins(raw: bytes, path: Path) -> None:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
-            names = [key for key, _ in pairs]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise FormatError(f"{path}: {twice[:3]} appears twice in the header; it is damaged")
+            twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
+            raise FormatError(f"{path}: {shown(twice)} appears twice in the header; it is damaged")
         return dict(pairs)
 
-    json.loads(raw, object_pairs_hook=unique)
+    try:
+        json.loads(raw, object_pairs_hook=unique)
+    except RecursionError:
+        raise FormatError(f"{path}: its header is nested too deeply; it is no safetensors file") from None
 
 
 def _in_order(header: dict[str, Any], room: int) -> dict[str, Info] | None:
@@ -122,8 +128,10 @@ def _in_order(header: dict[str, Any], room: int) -> dict[str, Info] | None:
         for name, entry in header.items():
             stored, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
             size = _ITEM[stored]
+            if len(shape) > MAX_DIMENSIONS:
+                return None
             for n in shape:
-                if type(n) is not int or n < 0:
+                if type(n) is not int or not 0 < n <= room:
                     return None
                 size *= n
             if start != end or type(start) is not int or type(stop) is not int or stop - start != size:
@@ -142,13 +150,15 @@ def _checked(header: dict[str, Any], room: int, path: Path) -> dict[str, Info]:
     for name, entry in header.items():
         try:
             stored, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            sound = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+            sound = len(shape) <= MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+            # An array without elements can still have more dimensions than NumPy can multiply.
+            sound = sound and math.prod(n or 1 for n in shape) < 1 << 60
             size = math.prod(shape) * _ITEM[stored] if sound else -1
         except (KeyError, TypeError, ValueError):
-            problems.add(f"tensor {name!r}: its entry {str(entry)[:80]} has no known dtype, shape and data_offsets")
+            problems.add(f"tensor {name!r}: its entry {shown(entry)} has no known dtype, shape and data_offsets")
             continue
         if not sound or stop - start != size:
-            problems.add(f"tensor {name!r}: {stored} of shape {list(shape)} does not fill bytes {start} to {stop}")
+            problems.add(f"tensor {name!r}: {stored} of {shown(list(shape))} does not fill bytes {start} to {stop}")
             continue
         tensors[name] = (stored, shape, start, stop)
         spans.append((start, stop, name))

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from lorastack.errors import Failures
+
 STORED = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _ITEM = {"f32": 4, "f16": 2, "bf16": 2}
 
@@ -40,8 +42,13 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little"))
         file.write(raw)
+        failures = Failures(f"{path.name} cannot be written")
         for _, _, _, compute in ordered:
-            array = np.ascontiguousarray(compute())
+            computed = failures.get(compute)
+            if computed is None or failures:
+                continue  # nothing will be kept; the rest is only looked at, to say all that is wrong
+            array = np.ascontiguousarray(computed)
             file.write(array.view(np.uint8).reshape(-1).data)
             if progress:
                 progress(array.nbytes)
+        failures.raise_any()

@@ -6,7 +6,7 @@ from lorastack.errors import require
 
 require("torch", "torch")
 
-from lorastack.torch.attach import attach  # noqa: E402
+from lorastack.torch.attach import attach, attach_all  # noqa: E402
 from lorastack.torch.handle import Handle, Report  # noqa: E402
 
-__all__ = ["Handle", "Report", "attach"]
+__all__ = ["Handle", "Report", "attach", "attach_all"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from lorastack.adapter import LoadedLora
+from lorastack.adapter import LoadedLora, LoraAdapter
 from lorastack.errors import ArgumentError
 from lorastack.stack import LoraStack
 from lorastack.torch.handle import ATTACHED, Handle
@@ -59,10 +61,22 @@ def attach(
     >>> (changed - base).tolist(), bool((back == base).all()), torch.equal(model(x), base)
     ([1.5, 1.5], True, True)
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if isinstance(stack, LoadedLora):
         stack = LoraStack([(stack, 1.0)])
-    if stack.is_empty():
+    entries = [*stack.entries, *((adapter, 1.0) for adapter in stack.adapters)]
+    return attach_all(model, entries, dtype=dtype, allow_partial=allow_partial)
+
+
+def attach_all(
+    model: nn.Module,
+    entries: Sequence[tuple[LoadedLora | LoraAdapter, float]],
+    *,
+    dtype: torch.dtype | None = None,
+    allow_partial: bool = False,
+) -> Handle:
+    """As `attach`, for adapters of any naming side by side: each is converted to the model's own names."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if not entries:
         raise ArgumentError("the stack is empty, so there is nothing to attach; push an adapter first")
     for module in model.modules():
         if module in ATTACHED:
@@ -70,6 +84,6 @@ def attach(
                 f"{type(module).__name__} has a stack attached already; change it through its handle, or detach() it"
             )
     handle = Handle(model, dtype, allow_partial)
-    handle.add_all([*stack.entries, *((adapter, 1.0) for adapter in stack.adapters)])
+    handle.add_all(entries)
     ATTACHED[model] = handle
     return handle

@@ -133,7 +133,7 @@ class LiveParameter:
         """Put an adapter's factors behind the others'."""
         self._parts.append((part.a, part.b))
         self.rank += part.rank
-        self.slots.append(Slot(entry, part.rank, part.scaling, None, None))
+        self.slots.append(Slot(entry, part.rank, part.scaling, None, None, part.finite))
 
     def remove(self, entry: int) -> None:
         kept = [n for n, slot in enumerate(self.slots) if slot.entry != entry]

@@ -299,6 +299,8 @@ class Handle:
             found.append("it has lora_B biases")
         if any(isinstance(layer, LiveParameter) for layer, _ in slots):
             found.append("it changes experts or bare parameters, whose tokens are no longer in rows")
+        if any(not slot.finite and layer.kind in ("embedding", "conv") for layer, slot in slots):
+            found.append("it has NaN or Inf in an embedding or a convolution, which rows cannot be kept apart from")
         found += sorted({f"it has {patch.what}" for patch in self._patches[entry]})
         return found
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lorastack.errors import UnsupportedError
 from lorastack.torch.places import Place
 from lorastack.torch.prepared import Prepared, Slot
 from lorastack.torch.rows import Mixture
@@ -38,13 +37,13 @@ class LiveLayer:
         self.mixed: Any = None
         self.embed_scale = getattr(place.module, "embed_scale", None) if place.kind == "embedding" else None
         self._handle: Any = None
-        self._in_order = False  # DoRA: adapter after adapter instead of all at once
+        self._in_order = False  # adapter after adapter instead of all at once: DoRA, or NaN that was let in
 
     def add(self, entry: int, part: Prepared) -> None:
         """Put an adapter's factors behind the others'."""
         self._append(part.a, part.b, part.rank)
-        self.slots.append(Slot(entry, part.rank, part.scaling, part.dora, part.bias))
-        self._in_order = any(slot.dora is not None for slot in self.slots)
+        self.slots.append(Slot(entry, part.rank, part.scaling, part.dora, part.bias, part.finite))
+        self._in_order = any(slot.dora is not None or not slot.finite for slot in self.slots)
 
     def _append(self, a: torch.Tensor, b: torch.Tensor, rank: int) -> None:
         total = self.rank + rank
@@ -78,7 +77,7 @@ class LiveLayer:
                 self.rank = self._a.shape[0]
             self._narrow()
         self.slots = kept
-        self._in_order = any(slot.dora is not None for slot in self.slots)
+        self._in_order = any(slot.dora is not None or not slot.finite for slot in self.slots)
 
     def _narrow(self) -> None:
         assert self._a is not None
@@ -104,10 +103,10 @@ class LiveLayer:
         x = args[0]
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
-        if self._in_order:
-            return self._one_by_one(x, output, lambda t, a: F.linear(t, a), lambda t, b: F.linear(t, b))
         if self.mixture is not None:
             return self.mixture.add_linear(self, x, output)
+        if self._in_order:
+            return self._one_by_one(x, output, lambda t, a: F.linear(t, a), lambda t, b: F.linear(t, b))
         h = F.linear(x, self.a) * self.s
         if h.dtype != output.dtype:
             return (output.to(h.dtype) + self._biased(F.linear(h, self.b))).to(output.dtype)
@@ -140,7 +139,7 @@ class LiveLayer:
             return module._conv_forward(t, a, None)  # the module's own stride, padding and dilation
 
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
-        if self._in_order:
+        if self._in_order and self.mixture is None:
             return self._one_by_one(x, output, shrink, conv)
         h = shrink(x, self.a)
         channels = 1 if h.dim() == len(module.kernel_size) + 2 else 0
@@ -153,12 +152,13 @@ class LiveLayer:
 
     def _one_by_one(self, x: torch.Tensor, output: torch.Tensor, shrink: Any, expand: Any) -> torch.Tensor:
         """Adapter after adapter, in the order pushed, as PEFT does: DoRA rescales what came before it."""
-        if self.mixture is not None:
-            raise UnsupportedError("a DoRA adapter is in the stack; rows() needs adapters without DoRA")
         result = output.to(self.dtype)
         start = 0
         for slot in self.slots:
             stop = start + slot.rank
+            if not slot.finite and float(self.s[start]) == 0:
+                start = stop
+                continue
             y = expand(shrink(x, self.a[start:stop]), self.b[:, start:stop].contiguous())
             scaled = self.s[start]
             result = result + (slot.dora.change(result, y, slot.scaling, scaled) if slot.dora else scaled * y)

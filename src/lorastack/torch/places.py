@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -86,12 +85,10 @@ class Places:
                 "convert the adapter with convert_names(lora, base) first"
             )
         said = config.get_text_config().to_dict() if hasattr(config, "get_text_config") else dict(vars(config))
-        names: Mapping[str, Any] = dict(model.named_parameters(remove_duplicate=False))
-        shapes = {name: tuple(p.shape) for name, p in names.items()}
-        # A quantised module has its weight under other names and shapes; the name is what conversion needs.
-        for path, module in self.modules.items():
-            if _kind(module, "weight"):
-                shapes.setdefault(f"{path}.weight", ())
+        # The names are what conversion needs: a quantised module has its weight under others, and shapes of its own,
+        # and what does not fit is found at its place.
+        shapes: dict[str, tuple[int, ...]] = {name: () for name, _ in model.named_parameters(remove_duplicate=False)}
+        shapes |= {f"{path}.weight": () for path, module in self.modules.items() if _kind(module, "weight")}
         architecture = type(model).__name__
         if architecture not in BY_HF and getattr(config, "architectures", None):
             architecture = config.architectures[0]

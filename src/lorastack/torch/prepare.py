@@ -130,7 +130,9 @@ def _prepared(
             problems.add(f"weight {place.name}: a bias of lora_B needs a linear layer or convolution")
         else:
             bias = to_torch(lora_bias, dtype, place.device)
-    return Prepared(place, a, b, delta.rank, delta.scaling, dora, bias)
+    let_in = any(factor.allow_nonfinite for factor in delta.factors)
+    finite = not let_in or bool(a.isfinite().all() and b.isfinite().all())
+    return Prepared(place, a, b, delta.rank, delta.scaling, dora, bias, finite)
 
 
 def _has_plain_weight(place: Place) -> bool:

@@ -20,6 +20,8 @@ class Prepared(NamedTuple):
     scaling: float
     dora: Dora | None = None
     bias: torch.Tensor | None = None
+    #: False when NaN or Inf was let in: such factors must not even be multiplied by 0.
+    finite: bool = True
 
 
 class Slot(NamedTuple):
@@ -30,3 +32,4 @@ class Slot(NamedTuple):
     scaling: float
     dora: Dora | None
     bias: torch.Tensor | None
+    finite: bool = True

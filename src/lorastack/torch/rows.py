@@ -41,6 +41,8 @@ class Dense(NamedTuple):
     b: torch.Tensor
     scales: torch.Tensor
     mask: torch.Tensor
+    #: Factors with NaN or Inf, which must not meet other rows even times 0: ``(a, b, scales [rows])`` each.
+    apart: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...] = ()
 
 
 class Mixture:
@@ -76,7 +78,17 @@ class Mixture:
                 return torch.baddbmm(out, h, way.b).view(output.shape)
             return (out + torch.bmm(h, way.b)).to(output.dtype).view(output.shape)
         y = F.linear(self.mask(F.linear(x, way.a), way), way.b)
+        for a, b, scales in way.apart:
+            rows = self._row_of_each(x.numel() // x.shape[-1]).to(x.device)
+            mine = scales[rows] != 0
+            part = F.linear(F.linear(x.reshape(-1, x.shape[-1])[mine], a), b) * scales[rows][mine, None]
+            y = y.reshape(-1, y.shape[-1]).index_add(0, mine.nonzero()[:, 0], part).view(output.shape)
         return (output + y).to(output.dtype)
+
+    def _row_of_each(self, tokens: int) -> torch.Tensor:
+        if self.index is not None:
+            return self.index
+        return torch.repeat_interleave(torch.arange(self.rows), self._tokens(tokens))
 
     def scale(self, layer: LiveLayer, h: torch.Tensor) -> torch.Tensor:
         """Hidden vectors of all of the layer's adapters, ``[..., R]``, scaled row by row."""
@@ -91,9 +103,9 @@ class Mixture:
             if flat.shape[0] != self.index.shape[0]:
                 raise ShapeError(f"a layer got {flat.shape[0]} tokens, the packed rows index {self.index.shape[0]}")
             index = self.index.to(h.device)
-            return torch.where(way.mask[index], flat * way.scales[index], 0).view(h.shape)
+            return torch.where(way.mask[index], flat * way.scales[index], 0).reshape(h.shape)
         each = h.reshape(self.rows, self._tokens(h.numel() // max(rank, 1)), rank)
-        return torch.where(way.mask[:, None], each * way.scales[:, None], 0).view(h.shape)
+        return torch.where(way.mask[:, None], each * way.scales[:, None], 0).reshape(h.shape)
 
     def _tokens(self, total: int) -> int:
         if total % self.rows:
@@ -106,15 +118,27 @@ class Mixture:
         widest = max((sum(ranks.get(n, 0) for n in row) for row in self.wanted), default=0)
         if self.index is None and widest * DENSE_WASTE <= in_use and widest * self.rows <= MAX_GATHERED * layer.rank:
             return self._gather(layer, max(widest, 1))
-        slots = [slot for slot in layer.slots if slot.entry in self.active]
+        slots = [slot for slot in layer.slots if slot.entry in self.active and slot.finite]
         scales = self._scales(layer, slots)
+        dtype = product_type(layer)
         a, b = layer.a, layer.b
         if len(slots) < len(layer.slots):
-            used = torch.tensor([slot.entry in self.active for slot in layer.slots])
+            used = torch.tensor([slot.entry in self.active and slot.finite for slot in layer.slots])
             picked = torch.repeat_interleave(used, torch.tensor([slot.rank for slot in layer.slots])).to(a.device)
             a, b = a[picked], b[:, picked]
-        dtype = product_type(layer)
-        return Dense(a.to(dtype), b.to(dtype), scales.to(dtype), scales != 0)
+        return Dense(a.to(dtype), b.to(dtype), scales.to(dtype), scales != 0, self._apart(layer, dtype))
+
+    def _apart(
+        self, layer: LiveLayer, dtype: torch.dtype
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]:
+        found, at = [], 0
+        for slot in layer.slots:
+            stop = at + slot.rank
+            if not slot.finite and slot.entry in self.active:
+                scales = (self.table[:, slot.entry] * slot.scaling).to(layer.a.device, dtype)
+                found.append((layer.a[at:stop].to(dtype), layer.b[:, at:stop].to(dtype), scales))
+            at = stop
+        return tuple(found)
 
     def _gather(self, layer: LiveLayer, widest: int) -> Gathered:
         dtype = product_type(layer)

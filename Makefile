@@ -1,0 +1,53 @@
+# A fresh machine with Python 3.11 or newer and make is enough: every target makes its own environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint types docs bench build clean
+
+help: ## Show what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/.demo ## See adapters add up: the same prompts under several stacks
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev ## Run every test (what needs a compiler is skipped with a reason)
+	$(BIN)/python -m pytest -ra $(ARGS)
+
+lint: $(VENV)/.dev ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## Check types
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev ## Build the documentation into site/
+	$(BIN)/python docs/build_reference.py --check
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(VENV)/.dev ## Measure against the peers
+	$(BIN)/python benchmarks/core.py
+	$(BIN)/python benchmarks/bake.py
+	$(BIN)/python benchmarks/live.py
+
+build: $(VENV)/.dev ## Build the wheel into dist/
+	$(PIP) build
+	$(BIN)/python -m build --wheel --outdir dist
+
+clean: ## Remove the environment and everything built
+	rm -rf $(VENV) dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; run: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "Installing lorastack with torch and transformers into $(VENV) (a minute or two) ..."
+	$(PIP) -e '.[torch]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "Installing lorastack with all that tests need into $(VENV) (a minute or two) ..."
+	$(PIP) -e '.[dev]'
+	@touch $@
