@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -231,7 +232,7 @@ class LoraStack:
             total = part if total is None else total + part
         return total
 
-    def bake(self, base: BaseModel | str | None = None, name: str | None = None) -> LoadedLora:
+    def bake(self, base: BaseModel | str | Path | None = None, name: str | None = None) -> LoadedLora:
         """The whole stack as one adapter, exactly: ranks side by side, scales folded in. Nothing is read yet.
 
         Any program that takes one LoRA adapter computes the stack's sum with it: the scalings of all

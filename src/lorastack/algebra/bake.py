@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +15,24 @@ from lorastack.base.names import lora_of_adapter
 from lorastack.delta import LoraDelta
 from lorastack.errors import ArgumentError, NamingError, Problems, UnsupportedError
 from lorastack.extras import HARMLESS, KINDS
+from lorastack.target import Naming
 
 if TYPE_CHECKING:
     from lorastack.stack import LoraStack
 
 
-def bake(stack: LoraStack, base: BaseModel | str | None = None, name: str | None = None) -> LoadedLora:
+def bake(stack: LoraStack, base: BaseModel | str | Path | None = None, name: str | None = None) -> LoadedLora:
     """See `LoraStack.bake`."""
     if stack.is_empty():
         raise ArgumentError("the stack is empty, so there is nothing to bake; push an adapter first")
-    base = open_base(base) if isinstance(base, str) else base
+    base = base if isinstance(base, BaseModel) or base is None else open_base(base)
     entries = [(entry_name, lora, scale) for entry_name, (lora, scale) in zip(stack.names, stack.entries, strict=True)]
     entries += _from_adapters(stack, base)
     _refuse_extras(entries)
     architectures = {arch for _, lora, _ in entries if (arch := lora.metadata.get("general.architecture"))}
     if len(architectures) > 1:
         raise NamingError(f"the adapters are for different architectures: {', '.join(sorted(architectures))}")
+    naming = entries[0][1].naming
     weights = dict.fromkeys(weight for _, lora, _ in entries for weight in lora.adapters)
     problems = Problems("the stack cannot be baked")
     deltas: dict[str, LoraDelta] = {}
@@ -46,8 +49,8 @@ def bake(stack: LoraStack, base: BaseModel | str | None = None, name: str | None
     baked = LoadedLora(
         name=name or "+".join(entry_name for entry_name, _, _ in entries),
         adapters=MappingProxyType(deltas),
-        metadata=MappingProxyType(_metadata([lora for _, lora, _ in entries], base)),
-        naming=entries[0][1].naming,
+        metadata=MappingProxyType(_metadata([lora for _, lora, _ in entries], base, naming)),
+        naming=naming,
         origin=tuple((lora, scale) for _, lora, scale in entries),
     )
     if base is not None:
@@ -84,7 +87,7 @@ def _refuse_extras(entries: list[tuple[str, LoadedLora, float]]) -> None:
     problems.raise_any(UnsupportedError)
 
 
-def _metadata(loras: list[LoadedLora], base: BaseModel | None) -> Mapping[str, Any]:
+def _metadata(loras: list[LoadedLora], base: BaseModel | None, naming: Naming) -> Mapping[str, Any]:
     """What every adapter of the stack agrees on, and what the base says."""
     keys = ("general.architecture", "base_model_name_or_path", "task_type", "fan_in_fan_out")
     agreed = {}
@@ -94,4 +97,8 @@ def _metadata(loras: list[LoadedLora], base: BaseModel | None) -> Mapping[str, A
             agreed[key] = values[0]
     if base is not None and base.naming == "hf":
         agreed["base_model_name_or_path"] = base.name
+    if base is not None and naming == "gguf":
+        agreed.setdefault(
+            "general.architecture", base.architecture_name if base.naming == "gguf" else base.architecture.gguf
+        )
     return agreed

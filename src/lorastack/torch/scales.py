@@ -15,7 +15,7 @@ class Scales:
     """
 
     def __init__(self) -> None:
-        self._groups: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._groups: list[tuple[torch.Tensor, np.ndarray, np.ndarray]] = []
 
     def lay_out(self, layers: list[Any], scales: list[float]) -> None:
         """Give every layer its view, after adapters came or went."""
@@ -31,12 +31,15 @@ class Scales:
             flat = torch.empty(len(entry), dtype=dtype, device=device)
             for layer, view in zip(group, torch.split(flat, [layer.rank for layer in group]), strict=True):
                 layer.s = view
-            self._groups.append((flat, torch.from_numpy(entry).to(device), torch.from_numpy(scaling).to(device)))
+            self._groups.append((flat, entry, scaling))
         self.write(scales)
 
     def write(self, scales: list[float]) -> None:
-        """Rewrite every multiplier for these scales, one for each entry."""
+        """Rewrite every multiplier for these scales, one for each entry.
+
+        In NumPy: on a busy machine torch's threads would wait for each other longer than this takes.
+        """
+        table = np.array(scales or [0.0], np.float32)
         with torch.no_grad():
             for flat, entry, scaling in self._groups:
-                table = torch.tensor(scales or [0.0], dtype=torch.float32, device=flat.device)
-                flat.copy_(table[entry] * scaling)
+                flat.copy_(torch.from_numpy(table[entry] * scaling))

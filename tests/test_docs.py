@@ -1,0 +1,90 @@
+"""The documentation's own examples run, every command is documented, and the demo shows what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from lorastack.cli import app
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the demo's files, where the examples' paths lead somewhere."""
+    shutil.copytree(demo, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_examples_run(page: Path, workplace: Path) -> None:
+    code = "\n".join(blocks(page, "python"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "console")], ids=lambda p: p.name)
+def test_command_examples_run(page: Path, workplace: Path) -> None:
+    for line in "\n".join(blocks(page, "console")).splitlines():
+        assert line.startswith("$ lorastack ")
+        words = shlex.split(line.removeprefix("$ lorastack "))
+        done = subprocess.run([sys.executable, "-c", "from lorastack.cli import main; main()", *words],
+                              capture_output=True, text=True, check=False, cwd=workplace)  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+
+
+def test_recipe_examples_load(workplace: Path) -> None:
+    from lorastack.recipe import load_stack
+
+    for page in PAGES:
+        for text in blocks(page, "toml"):
+            (workplace / "recipe.toml").write_text(text)
+            assert load_stack(["recipe.toml"], base="base", naming="hf").weights
+
+
+def test_every_command_is_documented_with_an_example() -> None:
+    reference = (ROOT / "docs" / "cli.md").read_text()
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert f"## lorastack {name}\n" in reference
+        assert f"`lorastack {name} " in (command.help or ""), f"{name} has no example in its help"
+
+
+def test_the_command_reference_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("build_reference", ROOT / "docs" / "build_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "cli.md").read_text() == module.reference(), "run: python docs/build_reference.py"
+
+
+def test_the_demo_shows_every_adapters_effect_and_the_baked_text_is_the_stacks() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "demo.py")], capture_output=True, text=True, check=True
+    )
+    shown = {part.splitlines()[0]: part for part in done.stdout.split("\n\n")}
+    both = shown["1 x excited + 1 x luna"]
+    assert "Luna" in both
+    assert "!" in both
+    assert "!" not in shown["the base"]
+    assert "Luna" not in shown["the base"]
+    assert "robot" in shown["1 x robot"]
+    assert (
+        shown["the base"].splitlines()[1:] == shown["the base again: nothing of the model was touched"].splitlines()[1:]
+    )
+    assert "same text as the stack: True" in done.stdout
