@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from lorastack import LoraStack, load
@@ -20,6 +21,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # a model this small is faster without threads waiting for each other
     model, tokenizer = load_base(str(DEMO / "base"))
     # One GGUF file, as llama.cpp uses it, and two PEFT folders: attached side by side.
     excited, luna, robot = load(DEMO / "excited.gguf"), load(DEMO / "luna"), load(DEMO / "robot")
