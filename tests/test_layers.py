@@ -9,7 +9,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "lorastack"
 ORDER = (
-    "errors dtypes factor delta target extras adapter packed stack hub files formats base algebra recipe inspect "
+    "errors pipeline dtypes factor delta target extras adapter packed stack hub files formats base algebra recipe inspect "
     "torch cli"
 ).split()
 #: function -> the lower layers it imports: facades that users expect as methods.

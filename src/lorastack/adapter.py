@@ -259,7 +259,7 @@ class LoadedLora:
         return None if name is None else self.adapters[name].scaled(self.rank / self.alpha)
 
     def select(self, pattern: Pattern) -> LoadedLora:
-        """A view of the weights whose name matches: a glob (``"blk.[0-9].*"``) or a compiled regex.
+        """A view of the weights whose name matches: a glob (``"blk.[0-9].*"``), a compiled regex, or ``"re:..."``.
 
         Extras named after a weight go with it.
         """
@@ -303,7 +303,7 @@ class LoadedLora:
             first = ", ".join(list(self.adapters)[:3])
             raise ArgumentError(f"{self.name}: no weight matches {dead}; its weights are named like {first}")
         found = {name: next((f for p, f in table.items() if matches(p, name)), 1.0) for name in self.adapters}
-        said = {_pattern_text(p): f for p, f in table.items()}
+        said = {_pattern_text(p): float(f) for p, f in table.items()}
         return replace(
             self,
             adapters=LazyDeltas(found, lambda name, f: self.adapters[name].scaled(f)),
@@ -327,11 +327,17 @@ class LoadedLora:
 
 
 def matches(pattern: Pattern, name: str) -> bool:
-    """Whether ``name`` as a whole matches a glob or a compiled regex."""
-    if isinstance(pattern, str):
-        return fnmatchcase(name, pattern)
-    return pattern.fullmatch(name) is not None
+    """Whether ``name`` as a whole matches a glob, a compiled regex, or one written as ``"re:..."``."""
+    if not isinstance(pattern, str):
+        return pattern.fullmatch(name) is not None
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern)
 
 
 def _pattern_text(pattern: Pattern) -> str:
-    return pattern if isinstance(pattern, str) else pattern.pattern
+    """The pattern as text that `matches` takes for the same, for recipes."""
+    if isinstance(pattern, str):
+        return pattern
+    flags = "".join(letter for letter in "aimsx" if pattern.flags & getattr(re, letter.upper()))
+    return "re:" + (f"(?{flags})" if flags else "") + pattern.pattern

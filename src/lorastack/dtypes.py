@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from lorastack.errors import ArgumentError, FormatError
@@ -38,7 +40,8 @@ def nonfinite_count(array: np.ndarray) -> int:
     # All exponent bits set means NaN or Inf; on the bare bits this is three times as fast as isfinite.
     if top and array.size and array.flags.c_contiguous and int((array.view(np.uint16) & 0x7FFF).max()) < top:
         return 0
-    return int(array.size - np.count_nonzero(np.isfinite(array)))
+    with np.errstate(invalid="ignore"):  # NumPy warns of a bfloat16 NaN while it looks for it
+        return int(array.size - np.count_nonzero(np.isfinite(array)))
 
 
 def cast(array: np.ndarray, times: float, dtype: np.dtype, label: str) -> np.ndarray:
@@ -51,17 +54,26 @@ def cast(array: np.ndarray, times: float, dtype: np.dtype, label: str) -> np.nda
     """
     if times == 1.0 and array.dtype == dtype:
         return array
+    may_overflow = dtype.itemsize == 2
     if array.dtype.itemsize == 2 and array.size > 1 << 16:
         # A 16-bit type has 65536 values: a table of their results is several times as fast as computing each.
-        bits = np.ascontiguousarray(array).view(np.uint16)
-        every = np.arange(1 << 16, dtype=np.uint16).view(array.dtype)
-        out = np.take(_plain_cast(every, times, dtype), bits)
+        table, table_overflows = _table(array.dtype, times, dtype)
+        may_overflow = may_overflow and table_overflows
+        out = np.take(table, np.ascontiguousarray(array).view(np.uint16))
     else:
         out = _plain_cast(array, times, dtype)
-    if dtype.itemsize == 2 and out.size and nonfinite_count(out) > nonfinite_count(array):
+    if may_overflow and out.size and nonfinite_count(out) > nonfinite_count(array):
         largest = float(np.nanmax(np.abs(array.astype(np.float32)))) * abs(times)
         raise FormatError(f"{label}: values up to {largest:g} do not fit {dtype.name}; write it as f32 or bf16")
     return out
+
+
+@lru_cache(maxsize=32)
+def _table(source: np.dtype, times: float, dtype: np.dtype) -> tuple[np.ndarray, bool]:
+    """The result for every value of a 16-bit type, and whether any finite one becomes infinite."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(source)
+    table = _plain_cast(every, times, dtype)
+    return table, nonfinite_count(table) > nonfinite_count(every)
 
 
 def _plain_cast(array: np.ndarray, times: float, dtype: np.dtype) -> np.ndarray:

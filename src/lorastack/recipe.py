@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import tomllib
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,12 @@ class Ingredient:
             )
         for step, value in self.steps:
             if step == "select":
+                names = list(lora.adapters)[:3]
                 lora = lora.select(value)
+                if not lora.adapters:
+                    raise ArgumentError(
+                        f"{self.source}: no weight matches {value!r}; its weights are named like {', '.join(names)}"
+                    )
             elif step == "scales":
                 lora = lora.scaled(value)
             elif step == "without_extras":
@@ -93,28 +99,18 @@ class Recipe:
     @classmethod
     def of_words(cls, words: Iterable[str]) -> Recipe:
         """From ``FILE:SCALE`` words; a ``.toml`` file among them brings its own ingredients, times its scale."""
-        ingredients: list[Ingredient] = []
-        bases: list[str] = []
-        for word in words:
-            path, scale = parse_entry(word)
-            if not path.endswith(".toml"):
-                ingredients.append(Ingredient(path, scale))
-                continue
-            recipe = cls.read(Path(path))
-            bases += [recipe.base] if recipe.base else []
-            ingredients += [_rescaled(one, scale) for one in recipe.ingredients]
-        if len(set(bases)) > 1:
-            raise ArgumentError(f"the recipes name different bases: {', '.join(dict.fromkeys(bases))}")
-        return cls(tuple(ingredients), bases[0] if bases else None)
+        return cls(tuple(Ingredient(*parse_entry(word)) for word in words))._unfolded()
 
     @classmethod
-    def read(cls, path: Path) -> Recipe:
-        """From a TOML file; paths in it are relative to its folder."""
+    def read(cls, path: Path, within: tuple[Path, ...] = ()) -> Recipe:
+        """From a TOML file; paths in it are relative to its folder. ``within`` are the recipes that it is part of."""
+        if path.resolve() in within:
+            raise ArgumentError(f"{path}: the recipe is part of itself")
         try:
             text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ArgumentError(f"{path}: the recipe cannot be read: {error}") from error
-        return cls.parse(text, str(path), path.parent)
+        return cls.parse(text, str(path), path.parent)._unfolded((*within, path.resolve()))
 
     @classmethod
     def parse(cls, text: str, label: str, folder: Path | None = None) -> Recipe:
@@ -153,7 +149,7 @@ class Recipe:
             found = list(pool.map(hashes, [part for part, _ in parts]))
         ingredients = [
             Ingredient(
-                str(part.source) if part.source else f"(in memory) {part.name}",
+                _source(part),
                 scale,
                 part.name,
                 tuple((_STEP_NAMES.get(step, step), value) for step, value in part.history),
@@ -161,8 +157,31 @@ class Recipe:
             )
             for (part, scale), sums in zip(parts, found, strict=True)
         ]
-        bases = {part.metadata.get("base_model_name_or_path") for part, _ in parts} - {None, ""}
+        # Made again, it needs a base only where names were converted; what an adapter says of its own may be anywhere.
+        converted = [part for part, _ in parts if any(step == "names" for step, _ in part.history)]
+        bases = {part.metadata.get("base_model_name_or_path") for part in converted} - {None}
         return cls(tuple(ingredients), bases.pop() if len(bases) == 1 else None)
+
+    def _unfolded(self, within: tuple[Path, ...] = ()) -> Recipe:
+        """With the ingredients of every recipe among its own, times that one's scale."""
+        ingredients: list[Ingredient] = []
+        bases = [self.base] if self.base else []
+        for one in self.ingredients:
+            if not one.source.endswith(".toml"):
+                ingredients.append(one)
+                continue
+            if one.name or one.sha256:
+                raise ArgumentError(
+                    f"{one.source}: it is a recipe, which has adapters and no name or sha256 of its own"
+                )
+            inner = Recipe.read(Path(one.source), within)
+            bases += [inner.base] if inner.base else []
+            ingredients += [
+                replace(i, scale=i.scale * one.scale, steps=(*i.steps, *one.steps)) for i in inner.ingredients
+            ]
+        if len(set(bases)) > 1:
+            raise ArgumentError(f"the recipes name different bases: {', '.join(dict.fromkeys(bases))}")
+        return Recipe(tuple(ingredients), bases[0] if bases else None)
 
     def to_toml(self) -> str:
         """The recipe as TOML, which `parse` reads."""
@@ -177,16 +196,20 @@ class Recipe:
         naming: Naming | None = None,
         allow_nonfinite: bool = False,
         ignore: Collection[str] = (),
+        drop_extras: bool = False,
     ) -> LoraStack:
         """Load every ingredient and push it; one error lists all that fail.
 
         With a base, adapters of different naming are converted to ``naming`` (the first one's when not given).
+        ``drop_extras`` leaves out what is not low-rank.
         """
         base = base if isinstance(base, BaseModel) or base is None else open_base(base)
         stack = LoraStack()
         problems = Problems("cannot load the stack")
         for lora, scale in self.entries(base=base, allow_nonfinite=allow_nonfinite, ignore=ignore):
             try:
+                if drop_extras and lora.extras:
+                    lora = lora.without_extras()
                 to = naming or stack.naming
                 if base is not None and to and to != lora.naming and "own" not in (to, lora.naming):
                     lora = convert_names(lora, base, to)
@@ -237,6 +260,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _source(lora: LoadedLora) -> str:
+    """Where it came from, as `load` takes it: a path, or a hub id with its revision instead of a place in the cache."""
+    if lora.source is None:
+        return f"(in memory) {lora.name}"
+    match = re.search(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)(/.+)?$", lora.source.as_posix())
+    return f"{match[1]}/{match[2]}{match[4] or ''}@{match[3]}" if match else str(lora.source)
+
+
 _STEP_NAMES = {"scaled": "scales"}
 
 
@@ -247,10 +278,6 @@ def _leaves(lora: LoadedLora, scale: float) -> Iterator[tuple[LoadedLora, float]
         return
     for part, own in lora.origin:
         yield from _leaves(part, own * scale)
-
-
-def _rescaled(one: Ingredient, scale: float) -> Ingredient:
-    return Ingredient(one.source, one.scale * scale, one.name, one.steps, one.sha256)
 
 
 def _located(source: str, folder: Path | None) -> str:
@@ -278,12 +305,13 @@ def _ingredient(n: int, table: dict[str, Any], folder: Path | None, problems: Pr
     source, scale, name = table.get("source"), table.get("scale", 1.0), table.get("name")
     if not isinstance(source, str) or not source:
         problems.add(f"{where}: source is {source!r}, expected a path or hub id")
-    if type(scale) not in (int, float) or not math.isfinite(scale):
+    if not _finite(scale):
         problems.add(f"{where}: scale is {scale!r}, expected a finite number")
     if name is not None and not isinstance(name, str):
         problems.add(f"{where}: name is {name!r}, expected text")
     steps: list[tuple[str, Any]] = [(key, table[key]) for key in ("select", "scales") if key in table]
-    for step in table.get("steps", []):
+    said = table.get("steps", [])
+    for step in said if isinstance(said, list) else [said]:
         steps += list(step.items()) if isinstance(step, dict) else [(str(step), None)]
     for step, value in steps:
         if not _good_step(step, value):
@@ -298,9 +326,23 @@ def _ingredient(n: int, table: dict[str, Any], folder: Path | None, problems: Pr
 
 def _good_step(step: str, value: Any) -> bool:
     if step == "scales":
-        return isinstance(value, dict) and all(type(f) in (int, float) and math.isfinite(f) for f in value.values())
+        return isinstance(value, dict) and all(_finite(f) and _good_pattern(p) for p, f in value.items())
     if step == "select":
-        return isinstance(value, str)
+        return isinstance(value, str) and _good_pattern(value)
     if step == "names":
         return value in ("gguf", "hf")
-    return step == "without_extras" and isinstance(value, list)
+    return step == "without_extras" and isinstance(value, list) and all(isinstance(kind, str) for kind in value)
+
+
+def _good_pattern(pattern: str) -> bool:
+    try:
+        return not pattern.startswith("re:") or bool(re.compile(pattern[3:]))
+    except re.error:
+        return False
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # TOML's whole numbers may have any length
+        return False

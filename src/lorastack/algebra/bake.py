@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lorastack.adapter import LoadedLora
-from lorastack.algebra.combine import cat, folded
+from lorastack.algebra.combine import cat, largest
 from lorastack.base import BaseModel, open_base
 from lorastack.base.fit import misfits
 from lorastack.base.names import lora_of_adapter
@@ -36,16 +36,16 @@ def bake(stack: LoraStack, base: BaseModel | str | Path | None = None, name: str
     weights = dict.fromkeys(weight for _, lora, _ in entries for weight in lora.adapters)
     problems = Problems("the stack cannot be baked")
     deltas: dict[str, LoraDelta] = {}
+    # One scaling for all weights: programs that know one alpha and one rank for the whole file (vLLM,
+    # llama.cpp) must compute the same.
+    common = largest((scale, delta) for _, lora, scale in entries for delta in lora.adapters.values()) or 1.0
     for weight in weights:
         found = [(n, scale, lora.adapters[weight]) for n, lora, scale in entries if weight in lora.adapters]
         try:
-            deltas[weight] = cat([(scale, delta) for _, scale, delta in found], [n for n, _, _ in found])
+            deltas[weight] = cat([(scale, delta) for _, scale, delta in found], [n for n, _, _ in found], common)
         except ValueError as error:
             problems.add(f"{weight}: {error}".replace("\n", "\n  "))
     problems.raise_any(UnsupportedError)
-    if len({delta.scaling for delta in deltas.values()}) > 1:
-        # Programs that know one alpha and one rank for the whole file (vLLM, llama.cpp) must compute the same.
-        deltas = {weight: folded(delta) for weight, delta in deltas.items()}
     baked = LoadedLora(
         name=name or "+".join(entry_name for entry_name, _, _ in entries),
         adapters=MappingProxyType(deltas),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,28 +11,26 @@ from lorastack.factor import Factor, JoinedFactor
 from lorastack.packed import PackedWeight, Term
 
 
-def cat(terms: Sequence[Term], names: Sequence[str]) -> LoraDelta:
-    """The exact sum: ranks side by side, ``B = [c_0 B_0, c_1 B_1, ...]`` with ``c = scale * scaling``.
+def cat(terms: Sequence[Term], names: Sequence[str], common: float | None = None) -> LoraDelta:
+    """The exact sum: ranks side by side, ``B = [c_0 B_0, c_1 B_1, ...] / common`` with ``c = scale * scaling``.
 
-    Where every term has the same ``c`` it stays the scaling and the factors are only put side by side.
-    Lazy: nothing is read. Raises ShapeError when the terms do not have one shape.
+    ``common`` becomes the scaling; the largest ``c`` when not given. A term whose ``c`` is ``common`` keeps
+    its numbers to the bit. Lazy: nothing is read. Raises ShapeError when the terms do not have one shape.
     """
     PackedWeight.check(terms, names)
     kept = [(scale * delta.scaling, delta) for scale, delta in terms if scale * delta.scaling != 0]
     kind = terms[0][1].kind
+    common = common or largest(terms) or 1.0
     if not kept:
-        return LoraDelta(*_zeros(terms[0][1]), 1.0, kind)
-    coefficients = {c for c, _ in kept}
-    common = coefficients.pop() if len(coefficients) == 1 else 1.0
+        return LoraDelta(*_zeros(terms[0][1]), common, kind)
     a = _join([(1.0, delta.factors[0]) for _, delta in kept], 1 if kind == "experts" else 0)
     b = _join([(c / common, delta.factors[1]) for c, delta in kept], 1 if kind == "conv" else -1)
     return LoraDelta(a, b, common, kind)
 
 
-def folded(delta: LoraDelta) -> LoraDelta:
-    """The same update with a scaling of 1, its scaling multiplied into B."""
-    a, b = delta.factors
-    return delta if delta.scaling == 1.0 else LoraDelta(a, JoinedFactor([(delta.scaling, b)], -1), 1.0, delta.kind)
+def largest(terms: Iterable[Term]) -> float:
+    """The ``scale * scaling`` of largest size: relative to it no factor grows, so none can overflow."""
+    return max((scale * delta.scaling for scale, delta in terms), key=abs, default=0.0)
 
 
 def _join(parts: list[tuple[float, Factor]], axis: int) -> Factor:

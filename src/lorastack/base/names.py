@@ -62,7 +62,9 @@ def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = N
     def build(new: str, old: str) -> LoraDelta:
         return move_rows(lora.adapters[old], rows(old))
 
-    metadata = {"general.architecture": arch.gguf} if to == "gguf" else _hf_metadata(base)
+    metadata = _hf_metadata(base)
+    if to == "gguf":
+        metadata = {"general.architecture": arch.gguf, "base_model_name_or_path": base.name}
     return replace(
         lora,
         adapters=LazyDeltas(back, build),

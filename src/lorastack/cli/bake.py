@@ -61,9 +61,9 @@ def bake(
     source = base or recipe.base
     model = open_base(source) if source else None
     naming: Naming | None = ("gguf" if as_gguf else "hf") if model else None
-    stack = recipe.stack(base=model, naming=naming, allow_nonfinite=allow_nonfinite, ignore=ignore or ())
-    if drop_extras:
-        stack = type(stack)([(lora.without_extras(), scale) for lora, scale in stack.entries])
+    stack = recipe.stack(
+        base=model, naming=naming, allow_nonfinite=allow_nonfinite, ignore=ignore or (), drop_extras=drop_extras
+    )
     if as_gguf and stack.naming == "hf":
         raise ArgumentError(f"{output}: these adapters have Hugging Face names; give --base to convert them to GGUF's")
     if not as_gguf and stack.naming == "gguf":

@@ -140,8 +140,10 @@ def _pair(
     """Match every lora_a with its lora_b; returns the pairs by weight, and the norms."""
     halves: dict[str, dict[str, Factor]] = {}
     norms: dict[str, Factor] = {}
+    refused: set[str] = set()
     for tensor in reader.tensors:
         weight, _, part = tensor.name.rpartition(".")
+        before = len(problems.lines)
         if tensor.tensor_type not in _READABLE:
             problems.add(f"tensor {tensor.name}: found type {tensor.tensor_type.name}, expected floats or quants")
         elif reader.byte_order == "S" and tensor.tensor_type not in _PLAIN:
@@ -156,12 +158,15 @@ def _pair(
             norms[tensor.name] = _factor(tensor, label, allow_nonfinite)
         else:
             problems.add(f"tensor {tensor.name}: expected NAME.weight.lora_a or NAME.weight.lora_b; remove it")
+        if len(problems.lines) > before:
+            refused.add(weight)
     pairs: dict[str, tuple[Factor, Factor]] = {}
     for weight, found in halves.items():
         if len(found) == 1:
             (has,) = found
             lacks = "lora_b" if has == "lora_a" else "lora_a"
-            problems.add(f"tensor {weight}.{has} has no {weight}.{lacks}; convert the adapter again")
+            if weight not in refused:
+                problems.add(f"tensor {weight}.{has} has no {weight}.{lacks}; convert the adapter again")
             continue
         a, b = found["lora_a"], found["lora_b"]
         if weight == "token_embd.weight" and len(a.shape) == 2:
@@ -199,6 +204,7 @@ def _factor(tensor: gguf.ReaderTensor, label: str, allow_nonfinite: bool) -> Fac
         dtype = np.dtype(np.float32)
 
         def read() -> np.ndarray:
-            return gguf.quants.dequantize(data, kind).reshape(shape)
+            with np.errstate(all="ignore"):  # a scale of Inf or NaN: reading the factor reports its values
+                return gguf.quants.dequantize(data, kind).reshape(shape)
 
     return Factor(shape, dtype, read, f"{label}: tensor {tensor.name}", allow_nonfinite, stored=kind.name)

@@ -22,8 +22,7 @@ from lorastack.formats.peft_config import CONFIG_NAME
 from lorastack.formats.safetensors_save import Entry, write_safetensors
 
 #: Fields that say what the adapter is for, which views and bakes leave true.
-_KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out", "bias",
-         "modules_to_save", "trainable_token_indices", "alora_invocation_tokens")  # fmt: skip
+_KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out")
 
 
 def save_peft(
@@ -77,9 +76,6 @@ def _config(lora: LoadedLora) -> dict[str, Any]:
         "lora_alpha": _whole(alpha),
         "lora_dropout": 0.0,
         "use_rslora": rslora,
-        "use_dora": bool(lora.extras.get("dora")),
-        "lora_bias": bool(lora.extras.get("lora_bias")),
-        "bias": lora.metadata.get("bias", "none") if lora.extras.get("bias") else "none",
         "init_lora_weights": True,
         "inference_mode": True,
         "target_modules": sorted(modules),
@@ -88,6 +84,24 @@ def _config(lora: LoadedLora) -> dict[str, Any]:
     }
     if parameters:
         config["target_parameters"] = sorted(parameters)
+    return config | _config_of_extras(lora)
+
+
+def _config_of_extras(lora: LoadedLora) -> dict[str, Any]:
+    """The fields without which PEFT would not look for the extras there are, and would look for those left out."""
+    extras, said = lora.extras, lora.metadata
+    config: dict[str, Any] = {
+        "use_dora": bool(extras.get("dora")),
+        "lora_bias": bool(extras.get("lora_bias")),
+        "bias": said.get("bias", "none") if extras.get("bias") else "none",
+    }
+    if extras.get("modules_to_save") and said.get("modules_to_save"):
+        owners = {f".{name.rpartition('.')[0]}." for name in extras["modules_to_save"]}
+        config["modules_to_save"] = [m for m in said["modules_to_save"] if any(f".{m}." in owner for owner in owners)]
+    if extras.get("new_tokens"):
+        config["trainable_token_indices"] = said.get("trainable_token_indices")
+    if tokens := extras.get("alora", {}).get("invocation_tokens"):
+        config["alora_invocation_tokens"] = list(tokens)
     return config
 
 

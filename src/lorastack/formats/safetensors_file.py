@@ -8,6 +8,7 @@ order, no hole, no overlap, no byte left over). Parsing it is what opening a fil
 from __future__ import annotations
 
 import math
+import mmap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ MAX_HEADER = 100_000_000
 MAX_DIMENSIONS = 32
 _ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
          "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}  # fmt: skip
+_LARGE = 1 << 20
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 #: (dtype, shape, first byte after the header, last byte + 1)
@@ -50,13 +52,10 @@ class SafetensorsFile:
                 )
             raw = file.read(length)
         self._start = 8 + length
-        header = _parse(raw, path)
-        metadata = header.pop("__metadata__", None) or {}  # MLX writes null there
-        if not isinstance(metadata, dict):
-            raise FormatError(f"{path}: __metadata__ in the header is no object; the file is damaged")
-        self.metadata: dict[str, str] = metadata
+        header, self.metadata = _parse(raw, path)
         room = size - self._start
         self.tensors: dict[str, Info] = _in_order(header, room) or _checked(header, room, path)
+        self._mmap: mmap.mmap | None = None
         self._map: np.ndarray | None = None
 
     def factor(self, name: str, allow_nonfinite: bool = False) -> Factor:
@@ -65,14 +64,24 @@ class SafetensorsFile:
         dtype = numpy_dtype(stored)
 
         def read() -> np.ndarray:
+            self._want(start, stop)
             return self._bytes()[start:stop].view(dtype).reshape(shape)
 
         return Factor(shape, dtype, read, f"{self.path}: tensor {name}", allow_nonfinite, stored)
 
+    def _want(self, start: int, stop: int) -> None:
+        """Let the system read a large tensor in one go rather than page by page."""
+        if stop - start >= _LARGE and hasattr(mmap, "MADV_WILLNEED"):
+            self._bytes()
+            assert self._mmap is not None
+            first = (self._start + start) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._mmap.madvise(mmap.MADV_WILLNEED, first, self._start + stop - first)
+
     def _bytes(self) -> np.ndarray:
         if self._map is None:
-            whole = np.memmap(self.path, np.uint8, mode="r")
-            self._map = np.asarray(whole)[self._start :]
+            with self.path.open("rb") as file:
+                self._mmap = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = np.frombuffer(self._mmap, np.uint8)[self._start :]
         return self._map
 
 
@@ -87,18 +96,26 @@ def numpy_dtype(stored: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, other))
 
 
-def _parse(raw: bytes, path: Path) -> dict[str, Any]:
+def _parse(raw: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The entries of a header, and its metadata."""
     try:
         header = orjson.loads(raw)
     except ValueError as error:
         raise FormatError(f"{path}: its header is no JSON ({error}); it is damaged or no safetensors file") from error
     if not isinstance(header, dict):
         raise FormatError(f"{path}: its header is no JSON object; it is no safetensors file")
-    # A name given twice would silently lose one of the two: the parser keeps the last.
-    # "\\u" may spell the counted word in another way.
-    if raw.count(b'"data_offsets"') != len(header) - ("__metadata__" in header) or b"\\u" in raw:
+    quotes = 2 if "__metadata__" in header else 0
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # MLX writes null there
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{path}: __metadata__ in the header is no object of texts; the file is damaged")
+    # A name given twice would silently lose one of the two: the parser keeps the last. How many quotes a header
+    # without twins has is known, unless some are spelt as \u0022.
+    quotes += 10 * len(header) + orjson.dumps(metadata).count(b'"')
+    if raw.count(b'"') != quotes or (b"\\" in raw and b"\\u" in raw):  # one byte is found far sooner than two
         _refuse_twins(raw, path)
-    return header
+    return header, metadata
 
 
 def _refuse_twins(raw: bytes, path: Path) -> None:

@@ -173,11 +173,12 @@ class Handle:
         self, adapters: Sequence[tuple[LoadedLora | LoraAdapter, float]], without: int | None = None
     ) -> tuple[list[Candidate], list[list[Prepared]], list[list[Patch]]]:
         """Everything made ready, nothing changed; one error lists all that does not fit."""
-        kept = [group for n, group in enumerate(self._patches) if n != without]
-        taken = {patch.claim: self.names[n] for n, group in enumerate(kept) for patch in group}
-        names = [name for n, name in enumerate(self.names) if n != without]
+        staying = [n for n in range(len(self._candidates)) if n != without]
+        taken = {patch.claim: self.names[n] for n in staying for patch in self._patches[n]}
+        names = [self.names[n] for n in staying]
         problems = Problems(f"the stack does not fit {type(self.model).__name__}")
         candidates, prepared, patches = [], [], []
+        left_out: dict[str, list[str]] = {}
         for adapter, scale in adapters:
             candidate = Candidate.of(adapter, float(scale), names)
             try:
@@ -196,8 +197,9 @@ class Handle:
             candidates.append(candidate)
             prepared.append(parts)
             patches.append(own)
-            self.report.missing.update({candidate.name: missing} if missing else {})
+            left_out |= {candidate.name: missing} if missing else {}
         problems.raise_any(UnsupportedError)
+        self.report.missing |= left_out
         return candidates, prepared, patches
 
     def _remove(self, position: int) -> None:
