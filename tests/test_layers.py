@@ -9,8 +9,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "lorastack"
 ORDER = (
-    "errors pipeline dtypes factor delta target extras adapter packed stack hub files formats base algebra recipe inspect "
-    "torch cli"
+    "errors pipeline dtypes factor delta target extras adapter packed stack hub files formats base algebra recipe "
+    "inspect torch cli"
 ).split()
 #: function -> the lower layers it imports: facades that users expect as methods.
 FACADES = {
