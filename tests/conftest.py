@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# Models here are tiny: on a busy machine, threads that wait for each other take twenty times as long as one. Set before
+# torch and NumPy are loaded, and for the programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 DEMO = ROOT / "examples" / "demo"

@@ -21,7 +21,6 @@ from lorastack import LoraStack
 
 def load_model(base: Path) -> torch.nn.Module:
     """A float32 model from a Hugging Face folder or a GGUF file."""
-    torch.set_num_threads(2)
     if base.suffix == ".gguf":
         return AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32).eval()
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()

@@ -16,7 +16,7 @@ from lorastack.delta import Kind, LoraDelta, misfit
 from lorastack.errors import FormatError, Problems, shown
 from lorastack.factor import Factor
 from lorastack.formats.peft_config import CONFIG_NAME, PeftConfig, parse_config
-from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
+from lorastack.formats.safetensors_file import FLOATS, Info, SafetensorsFile
 from lorastack.formats.torch_bin import TorchBin
 
 PREFIX = "base_model.model."
@@ -101,25 +101,26 @@ class _Sorter:
         rank, scaling = config.rank, config.scaling_of("")
         plain = config.uniform and not config.target_parameters
         # Most of opening a file is this loop, so what nearly every key is comes first and is checked in place.
+        nothing: Info = ("", (), 0, 0)
         for key, (dtype, shape, _, _) in tensors.items():
-            if key.endswith(".lora_B.weight"):
+            ending = key[-14:]
+            if ending == ".lora_B.weight":
                 b_keys += 1
-            elif plain and key.endswith(".lora_A.weight") and key.startswith(PREFIX):
-                other = tensors.get(key_b := key[:-13] + "lora_B.weight")
+                continue
+            if plain and ending == ".lora_A.weight" and key[:17] == PREFIX and len(shape) == 2:
+                key_b = key[:-13] + "lora_B.weight"
+                dtype_b, shape_b, _, _ = tensors.get(key_b, nothing)
                 if (
-                    other is not None
-                    and len(shape) == 2 == len(other[1])
-                    and shape[0] == rank == other[1][1]
-                    and dtype in FLOATS
-                    and other[0] in FLOATS
+                    dtype in FLOATS
+                    and dtype_b in FLOATS
+                    and len(shape_b) == 2
+                    and shape[0] == rank == shape_b[1]
                     and shape[1]
-                    and other[1][0]
+                    and shape_b[0]
                 ):
                     recipes[key[17:-13] + "weight"] = (key, key_b, scaling, "linear", rank)
-                else:
-                    rest.append(key)
-            else:
-                rest.append(key)
+                    continue
+            rest.append(key)
         if rest or b_keys != len(recipes):
             self._sort_rest(rest)
         self._check_extras()

@@ -144,13 +144,19 @@ def _in_order(header: dict[str, Any], room: int) -> dict[str, Info] | None:
     try:
         for name, entry in header.items():
             stored, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            size = _ITEM[stored]
-            if len(shape) > MAX_DIMENSIONS:
-                return None
-            for n in shape:
-                if type(n) is not int or not 0 < n <= room:
+            if len(shape) == 2:  # nearly always
+                rows, columns = shape
+                if type(rows) is not int or type(columns) is not int or not 0 < rows <= room or not 0 < columns <= room:
                     return None
-                size *= n
+                size = _ITEM[stored] * rows * columns
+            else:
+                size = _ITEM[stored]
+                if len(shape) > MAX_DIMENSIONS:
+                    return None
+                for n in shape:
+                    if type(n) is not int or not 0 < n <= room:
+                        return None
+                    size *= n
             if start != end or type(start) is not int or type(stop) is not int or stop - start != size:
                 return None
             tensors[name] = (stored, tuple(shape), start, stop)

@@ -76,7 +76,11 @@ class Mixture:
                     out.baddbmm_(h, way.b)
                     return output
                 return torch.baddbmm(out, h, way.b).view(output.shape)
-            return (out + torch.bmm(h, way.b)).to(output.dtype).view(output.shape)
+            y = torch.bmm(h, way.b)
+            if layer.may_add_in_place(output):
+                out.add_(y)  # rounded once, without copies of the wide sum
+                return output
+            return (out + y).to(output.dtype).view(output.shape)
         y = F.linear(self.mask(F.linear(x, way.a), way), way.b)
         for a, b, scales in way.apart:
             rows = self._row_of_each(x.numel() // x.shape[-1]).to(x.device)
