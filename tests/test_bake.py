@@ -26,6 +26,11 @@ from lorastack.factor import Factor
 from tests.fixtures.make_logits import llama_cpp_logits, peft_model
 from tests.models import load_model, logits, numpy_stack
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    # PEFT looks patterns up by parameter, and then says that they match no module.
+    pytest.mark.filterwarnings("ignore:.*pattern keys did not match any targeted module:RuntimeWarning"),
+]
 STORED = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 #: On logits of magnitude 20: float32's sums differ by 2e-5; the factors' own rounding by their type's, of which
 #: bfloat16 has 8 times float16's; llama.cpp rounds the activations too where weights are q8_0.
