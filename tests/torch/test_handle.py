@@ -350,3 +350,20 @@ def test_compiled_models_give_the_same_and_a_scale_change_recompiles_nothing(set
                 found = compiled(input_ids=tokens()).logits
         assert far(found, expected) < 1e-5
     torch._dynamo.reset()
+
+
+def test_a_module_called_by_keyword_is_changed_all_the_same() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lin(input=x)
+
+    model = Keyword().eval()
+    factors = np.arange(3, dtype=np.float32)[None], np.array([[1.0], [2.0]], np.float32)
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    base = model(x)
+    with attach(model, LoadedLora.from_tensors({"lin.weight": factors}, naming="hf")):
+        assert torch.allclose(model(x), base + torch.tensor([[8.0, 16.0]]))

@@ -17,6 +17,9 @@ from lorastack.torch.places import Place
 from lorastack.torch.prepared import Prepared, Slot
 from lorastack.torch.rows import Mixture
 
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
 
 class LiveLayer:
     """The factors at one place; ``hook`` adds their sum to the module's output."""
@@ -92,15 +95,15 @@ class LiveLayer:
     def attach(self) -> None:
         """Register the hook that fits the module's kind."""
         hooks = {"linear": self._linear, "embedding": self._embedding, "conv": self._conv}
-        self._handle = self.place.module.register_forward_hook(hooks[self.kind])
+        self._handle = self.place.module.register_forward_hook(hooks[self.kind], with_kwargs=True)
 
     def detach(self) -> None:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
-    def _linear(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        x = args[0]
+    def _linear(self, module: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor:
+        x = _input(args, kwargs)
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
         if self.mixture is not None:
@@ -123,17 +126,18 @@ class LiveLayer:
         fresh = type(module) is nn.Linear and output.is_contiguous() and not output.requires_grad
         return fresh and len(module._forward_hooks) == 1
 
-    def _embedding(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def _embedding(self, module: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor:
         # F.embedding wants rows by token; A is kept [R, vocabulary], so the columns are picked instead.
-        h = self.a[:, args[0].reshape(-1)].t()
+        ids = _input(args, kwargs)
+        h = self.a[:, ids.reshape(-1)].t()
         h = h * self.s if self.mixture is None else self.mixture.scale(self, h)
-        y = F.linear(h, self.b).view(*args[0].shape, -1)
+        y = F.linear(h, self.b).view(*ids.shape, -1)
         if self.embed_scale is not None:
             y = y * self.embed_scale.to(y.dtype)
         return (output.to(y.dtype) + y).to(output.dtype)
 
-    def _conv(self, module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        x = args[0].to(self.dtype)
+    def _conv(self, module: Any, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor:
+        x = _input(args, kwargs).to(self.dtype)
 
         def shrink(t: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
             return module._conv_forward(t, a, None)  # the module's own stride, padding and dilation
@@ -181,6 +185,11 @@ class LiveLayer:
 
     def _biased(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.bias is None else y + self.bias
+
+
+def _input(args: Args, kwargs: Kwargs) -> torch.Tensor:
+    """What the module was called with: its first argument, by place or by keyword."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _grown(buffer: torch.Tensor, axis: int, used: int, room: int) -> torch.Tensor:

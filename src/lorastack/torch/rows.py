@@ -61,26 +61,16 @@ class Mixture:
         self.rows = table.shape[0]
         self.wanted = [[n for n, scale in enumerate(row) if scale != 0] for row in table.tolist()]
         self.active = {n for row in self.wanted for n in row}
+        self._scratch: torch.Tensor | None = None
 
     def add_linear(self, layer: LiveLayer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """``output`` plus every row's own sum."""
         if layer.mixed is None:
             layer.mixed = self._choose(layer)
         way = layer.mixed
-        x = x.to(way.a.dtype)
         if isinstance(way, Gathered):
-            out = output.reshape(self.rows, self._tokens(output.numel() // output.shape[-1]), -1)
-            h = torch.bmm(x.reshape(self.rows, -1, x.shape[-1]), way.a)
-            if out.dtype == h.dtype:
-                if layer.may_add_in_place(output):
-                    out.baddbmm_(h, way.b)
-                    return output
-                return torch.baddbmm(out, h, way.b).view(output.shape)
-            y = torch.bmm(h, way.b)
-            if layer.may_add_in_place(output):
-                out.add_(y)  # rounded once, without copies of the wide sum
-                return output
-            return (out + y).to(output.dtype).view(output.shape)
+            return self._add_gathered(way, x, output, layer.may_add_in_place(output))
+        x = x.to(way.a.dtype)
         y = F.linear(self.mask(F.linear(x, way.a), way), way.b)
         for a, b, scales in way.apart:
             rows = self._row_of_each(x.numel() // x.shape[-1]).to(x.device)
@@ -88,6 +78,30 @@ class Mixture:
             part = F.linear(F.linear(x.reshape(-1, x.shape[-1])[mine], a), b) * scales[rows][mine, None]
             y = y.reshape(-1, y.shape[-1]).index_add(0, mine.nonzero()[:, 0], part).view(output.shape)
         return (output + y).to(output.dtype)
+
+    def _add_gathered(self, way: Gathered, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
+        x = x.reshape(self.rows, -1, x.shape[-1])
+        out = output.reshape(self.rows, self._tokens(output.numel() // output.shape[-1]), -1)
+        if not in_place:
+            h = torch.bmm(x.to(way.a.dtype), way.a)
+            return torch.baddbmm(out.to(h.dtype), h, way.b).to(output.dtype).view(output.shape)
+        h = torch.bmm(self._widened(x, way.a.dtype), way.a)
+        wide = self._widened(out, way.b.dtype).baddbmm_(h, way.b)
+        if wide is not out:
+            out.copy_(wide)  # rounded once
+        return output
+
+    def _widened(self, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``t`` in another type, in memory kept for this: fresh pages cost more than the products."""
+        if t.dtype == dtype:
+            return t
+        if torch.compiler.is_compiling() or t.requires_grad:
+            return t.to(dtype)
+        kept = self._scratch
+        if kept is None or kept.numel() < t.numel() or (kept.dtype, kept.device) != (dtype, t.device):
+            self._scratch = torch.empty(t.numel(), dtype=dtype, device=t.device)
+        assert self._scratch is not None
+        return self._scratch[: t.numel()].view(t.shape).copy_(t)
 
     def _row_of_each(self, tokens: int) -> torch.Tensor:
         if self.index is not None:
@@ -162,7 +176,7 @@ class Mixture:
                     multiplier = float(self.table[row, entry]) * slot.scaling
                     torch.mul(layer.b[:, start:stop].t().to(dtype), multiplier, out=b[row, to:end])
                     to = end
-        return Gathered(a.transpose(1, 2), b)
+        return Gathered(a.transpose(1, 2).contiguous(), b)  # a quarter faster in bmm than a transposed view
 
     def _scales(self, layer: LiveLayer, slots: list) -> torch.Tensor:
         """``[rows, R]``: each row's scale times the scaling of every rank row of these adapters."""
