@@ -1,0 +1,159 @@
+"""Low-rank matrices through their small cores: sum, norm, inner product, SVD, truncation.
+
+``B [out, R] @ A [R, in]`` with ``B = Q_B L_B`` and ``A^T = Q_A L_A`` has the same norm and singular values as
+the small ``L_B @ L_A^T``. Two thin factorisations cost R²(in + out); forming the product costs R·in·out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.linalg import LinAlgError
+
+from lorastack.delta import LoraDelta, read_all
+from lorastack.packed import PackedWeight, Term
+
+#: Where R reaches this part of min(in, out), an SVD of the product itself is cheaper (benchmarks/algebra.py).
+DENSE_FROM = 0.5
+#: Columns nearer to dependence than this (smallest eigenvalue of their normalised Gram matrix) lose too many
+#: digits in it: the adapter that is there twice, the lora_B that was never trained.
+_INDEPENDENT = 1e-7
+
+
+class Matrix(NamedTuple):
+    """``b @ a`` with ``b [out, R]`` and ``a [R, in]`` in float64, all scales folded into b."""
+
+    b: np.ndarray
+    a: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """R, the length of the inner side; the true rank is at most that."""
+        return self.b.shape[1]
+
+
+def matrices(terms: Sequence[Term], names: Sequence[str] = ()) -> list[Matrix]:
+    """The weighted sum ``sum of scale * scaling * B @ A`` as matrices: one, or one for each expert.
+
+    An embedding is its table transposed, ``[width, vocabulary]``; a convolution ``[out, in * kernel]``.
+
+    Raises
+    ------
+    ShapeError
+        When the terms do not have one shape.
+    NonFiniteError
+        Listing every factor that holds NaN or Inf.
+    """
+    PackedWeight.check(terms, names or [f"adapter {n}" for n in range(len(terms))])
+    active = [(scale, delta) for scale, delta in terms if scale * delta.scaling != 0]
+    read_all([delta for _, delta in active])
+    kept = [_flat(delta, scale * delta.scaling) for scale, delta in active]
+    if not kept:
+        _, out, n_in = flat_shape(terms[0][1])
+        return [Matrix(np.zeros((out, 0)), np.zeros((0, n_in)))] * flat_shape(terms[0][1])[0]
+    return [
+        Matrix(np.concatenate([part.b for part in parts], 1), np.concatenate([part.a for part in parts]))
+        for parts in zip(*kept, strict=True)
+    ]
+
+
+def flat_shape(delta: LoraDelta) -> tuple[int, int, int]:
+    """``(matrices, out, in)`` of an update as `matrices` sees it."""
+    a, b = (factor.shape for factor in delta.factors)
+    if delta.kind == "experts":
+        return a[0], b[1], a[2]
+    return 1, b[0], int(np.prod(a[1:]))
+
+
+def _flat(delta: LoraDelta, times: float) -> list[Matrix]:
+    count, out, n_in = flat_shape(delta)
+    a = delta.a.reshape(count, delta.rank, n_in).astype(np.float64)
+    b = delta.b.reshape(count, out, delta.rank) * np.float64(times)
+    return [Matrix(*pair) for pair in zip(b, a, strict=True)]
+
+
+def delta_of(parts: Sequence[Matrix], like: LoraDelta, dtype: type = np.float32) -> LoraDelta:
+    """The update, scaling 1, of the kind and shape of ``like``; ranks are filled up with zeros to the largest."""
+    rank = max(1, *(part.rank for part in parts))
+    _, out, n_in = flat_shape(like)
+    a, b = np.zeros((len(parts), rank, n_in), dtype), np.zeros((len(parts), out, rank), dtype)
+    for n, part in enumerate(parts):
+        a[n, : part.rank], b[n, :, : part.rank] = part.a, part.b
+    if like.kind == "experts":
+        return LoraDelta(a, b, 1.0, "experts")
+    shape_a, shape_b = (factor.shape for factor in like.factors)
+    return LoraDelta(a.reshape(rank, *shape_a[1:]), b.reshape(out, rank, *shape_b[2:]), 1.0, like.kind)
+
+
+class Basis(NamedTuple):
+    """A tall ``x [n, R] = Q @ core`` with orthonormal ``Q [n, k]``, of which ``lift(y)`` is ``Q @ y``."""
+
+    core: np.ndarray
+    lift: Callable[[np.ndarray], np.ndarray]
+
+
+def basis(x: np.ndarray) -> Basis:
+    """Q through the Cholesky factor of the Gram matrix ``x^T x``, and by QR where columns depend on each other.
+
+    The Gram matrix squares the condition number; in float64, with columns brought to one length, what is
+    left for independent columns is more than float32 holds, and Q itself is never formed.
+    """
+    lengths = np.sqrt(np.einsum("nr,nr->r", x, x))
+    if x.shape[1] and x.shape[1] <= x.shape[0] and lengths.all():
+        unit = (x.T @ x) / lengths / lengths[:, None]
+        if np.linalg.eigvalsh(unit)[0] > _INDEPENDENT:
+            try:
+                upper = np.linalg.cholesky(unit).T
+            except LinAlgError:  # pragma: no cover - the eigenvalue said otherwise
+                return _by_qr(x)
+            return Basis(upper * lengths, lambda y: x @ (np.linalg.solve(upper, y) / lengths[:, None]))
+    return _by_qr(x)
+
+
+def _by_qr(x: np.ndarray) -> Basis:
+    q, r = np.linalg.qr(x)
+    return Basis(r, lambda y: q @ y)
+
+
+class Svd(NamedTuple):
+    """Singular values, descending, and the matrix cut after any of them."""
+
+    sigma: np.ndarray
+    vectors: Callable[[int], tuple[np.ndarray, np.ndarray]]
+
+    def truncated(self, rank: int) -> Matrix:
+        """The best approximation of that rank (Eckart and Young 1936), its singular values shared evenly."""
+        u, vt = self.vectors(rank)
+        root = np.sqrt(self.sigma[: u.shape[1]])
+        return Matrix(u * root, vt * root[:, None])
+
+
+def svd(matrix: Matrix) -> Svd:
+    """The singular value decomposition of ``b @ a``; ``vectors(k)`` gives ``u [out, k]`` and ``vt [k, in]``."""
+    if matrix.rank and matrix.rank >= DENSE_FROM * min(matrix.shape):
+        u, sigma, vt = np.linalg.svd(matrix.b @ matrix.a, full_matrices=False)
+        return Svd(sigma, lambda k: (u[:, :k], vt[:k]))
+    if matrix.rank == 0:
+        return Svd(np.zeros(0), lambda k: (matrix.b, matrix.a))
+    left, right = basis(matrix.b), basis(matrix.a.T)
+    u, sigma, vt = np.linalg.svd(left.core @ right.core.T, full_matrices=False)
+    return Svd(sigma, lambda k: (left.lift(u[:, :k]), right.lift(vt[:k].T).T))
+
+
+def inner(x: Matrix, y: Matrix) -> float:
+    """``<X, Y> = sum of all X_ij * Y_ij``, the Frobenius inner product, through two R x R matrices."""
+    return float(np.sum((x.b.T @ y.b) * (x.a @ y.a.T)))
+
+
+def norm(matrix: Matrix) -> float:
+    """The Frobenius norm, through the core: in ``sqrt(<X, X>)`` parts that cancel would leave noise of 1e-8."""
+    if matrix.rank == 0:
+        return 0.0
+    return float(np.linalg.norm(basis(matrix.b).core @ basis(matrix.a.T).core.T))
