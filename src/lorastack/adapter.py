@@ -110,6 +110,8 @@ class LoadedLora:
     history: tuple[tuple[str, Any], ...] = ()
     #: The adapters a baked one was made of, with their scales.
     origin: tuple[tuple[LoadedLora, float], ...] = ()
+    #: How it was baked where that is not the plain sum: method, settings, ranks and errors.
+    made: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> LoadedLora:

@@ -6,9 +6,9 @@ import hashlib
 import math
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,8 @@ class Recipe:
 
     ingredients: tuple[Ingredient, ...]
     base: str | None = None
+    #: How they were baked, for the reader: a recipe is replayed as their sum, by the options given then.
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_words(cls, words: Iterable[str]) -> Recipe:
@@ -160,7 +162,7 @@ class Recipe:
         # Made again, it needs a base only where names were converted; what an adapter says of its own may be anywhere.
         converted = [part for part, _ in parts if any(step == "names" for step, _ in part.history)]
         bases = {part.metadata.get("base_model_name_or_path") for part in converted} - {None}
-        return cls(tuple(ingredients), bases.pop() if len(bases) == 1 else None)
+        return cls(tuple(ingredients), bases.pop() if len(bases) == 1 else None, lora.made)
 
     def _unfolded(self, within: tuple[Path, ...] = ()) -> Recipe:
         """With the ingredients of every recipe among its own, times that one's scale."""
@@ -187,6 +189,8 @@ class Recipe:
         """The recipe as TOML, which `parse` reads."""
         said: dict[str, Any] = {"base": self.base} if self.base else {}
         said["adapter"] = [_table(one) for one in self.ingredients]
+        if self.made:
+            said["lorastack"] = dict(self.made)
         return tomli_w.dumps(said)
 
     def stack(
@@ -273,7 +277,7 @@ _STEP_NAMES = {"scaled": "scales"}
 
 def _leaves(lora: LoadedLora, scale: float) -> Iterator[tuple[LoadedLora, float]]:
     """The files behind a baked adapter that was itself stacked again."""
-    if not lora.origin or lora.history:
+    if not lora.origin or lora.history or lora.made:
         yield lora, scale
         return
     for part, own in lora.origin:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -232,11 +232,25 @@ class LoraStack:
             total = part if total is None else total + part
         return total
 
-    def bake(self, base: BaseModel | str | Path | None = None, name: str | None = None) -> LoadedLora:
-        """The whole stack as one adapter, exactly: ranks side by side, scales folded in. Nothing is read yet.
+    def bake(
+        self,
+        base: BaseModel | str | Path | None = None,
+        name: str | None = None,
+        *,
+        method: str = "cat",
+        rank: int | Sequence[int] | None = None,
+        energy: float | None = None,
+        tolerance: float | None = None,
+        density: float | None = None,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> LoadedLora:
+        """The whole stack as one adapter. Without further words: exactly, ranks side by side, nothing read yet.
 
         Any program that takes one LoRA adapter computes the stack's sum with it: the scalings of all
-        weights are made one number.
+        weights are made one number. With ``rank``, ``energy`` or ``tolerance`` each weight becomes the best
+        approximation of the sum (truncated SVD, through the factors alone); what was lost is in ``made`` of
+        the result, exactly, and in the recipe of a file it is saved to.
 
         Parameters
         ----------
@@ -244,17 +258,56 @@ class LoraStack:
             The base model, needed when the second list is not empty: its weight names.
         name
             The adapter's name; the names of the stack's adapters joined by ``+`` when not given.
+        method
+            ``cat``, ``linear`` (the same sum without dependent ranks), ``svd``, or a rule in a space:
+            ``ties``, ``dare``, ``dare_ties`` or ``magnitude_prune``, then ``@dense``, ``@knots`` or ``@core``.
+            See docs/combine.md for each.
+        rank
+            The rank of every weight (fewer where a weight has fewer); of several the smallest that keeps
+            ``energy`` (0.99 unless given) or ``tolerance``, weight by weight.
+        energy
+            The part of the squared norm to keep in each weight, such as 0.99.
+        tolerance
+            The relative error to stay within in each weight, in the Frobenius norm, such as 1e-3.
+        density
+            The part of entries that rules keep: 0.2 for trimming, 0.5 (1 - drop rate) for DARE unless given.
+        seed
+            Of DARE's masks.
+        progress
+            Called with the steps done and the steps there are.
 
         Raises
         ------
         ArgumentError
-            When the stack is empty.
+            When the stack is empty, or an option has no meaning, such as a rank no weight can have.
         UnsupportedError
             Listing every extra that an ordinary adapter's low-rank updates cannot hold.
+        NonFiniteError
+            Listing every factor with NaN or Inf, where the method reads them.
+
+        Example
+        -------
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> loras = [LoadedLora.from_tensors({"w": (rng.normal(size=(8, 30)), rng.normal(size=(40, 8)))}) for _ in "ab"]
+        >>> baked = LoraStack([(loras[0], 0.7), (loras[1], 0.1)]).bake(rank=8)
+        >>> baked.rank, round(baked.made["error"], 3)
+        (8, 0.107)
         """
         from lorastack.algebra.bake import bake
 
-        return bake(self, base, name)
+        return bake(
+            self,
+            base,
+            name,
+            method=method,
+            rank=rank,
+            energy=energy,
+            tolerance=tolerance,
+            density=density,
+            seed=seed,
+            progress=progress,
+        )
 
     def _pack(self, name: str) -> PackedWeight | None:
         found = [(entry, entry.lora.get(name)) for entry in self._entries]

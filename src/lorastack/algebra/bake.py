@@ -2,56 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorastack.adapter import LoadedLora
-from lorastack.algebra.combine import cat, largest
+from lorastack.adapter import LazyDeltas, LoadedLora
+from lorastack.algebra.combine import available, cat, largest, weighted_sum
+from lorastack.algebra.cut import Cut, Loss, overall
+from lorastack.algebra.entrywise import ByEntry
+from lorastack.algebra.method import Method
 from lorastack.base import BaseModel, open_base
 from lorastack.base.fit import misfits
 from lorastack.base.names import lora_of_adapter
-from lorastack.delta import LoraDelta
-from lorastack.errors import ArgumentError, NamingError, Problems, UnsupportedError
+from lorastack.delta import LoraDelta, read_all
+from lorastack.dtypes import nonfinite_count
+from lorastack.errors import ArgumentError, Failures, NamingError, NonFiniteError, Problems, UnsupportedError
 from lorastack.extras import HARMLESS, KINDS
+from lorastack.packed import PackedWeight, Term
 from lorastack.target import Naming
 
 if TYPE_CHECKING:
     from lorastack.stack import LoraStack
 
+#: Called with the weights done and the weights there are.
+Progress = Callable[[int, int], None]
 
-def bake(stack: LoraStack, base: BaseModel | str | Path | None = None, name: str | None = None) -> LoadedLora:
+
+class Entry(NamedTuple):
+    """One adapter of the stack, those of the second list by weight name too."""
+
+    name: str
+    lora: LoadedLora
+    scale: float
+
+
+def bake(
+    stack: LoraStack,
+    base: BaseModel | str | Path | None = None,
+    name: str | None = None,
+    *,
+    method: str = "cat",
+    rank: int | Sequence[int] | None = None,
+    energy: float | None = None,
+    tolerance: float | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> LoadedLora:
     """See `LoraStack.bake`."""
     if stack.is_empty():
         raise ArgumentError("the stack is empty, so there is nothing to bake; push an adapter first")
+    cut = Cut.of(rank, energy, tolerance)
+    how = Method.of("svd" if method == "cat" and cut else method, density, seed)
+    if how.name == "svd" and cut is None:
+        raise ArgumentError("method svd needs a rank, an energy or a tolerance; linear keeps what float32 can tell")
     base = base if isinstance(base, BaseModel) or base is None else open_base(base)
-    entries = [(entry_name, lora, scale) for entry_name, (lora, scale) in zip(stack.names, stack.entries, strict=True)]
+    entries = [
+        Entry(entry_name, lora, scale) for entry_name, (lora, scale) in zip(stack.names, stack.entries, strict=True)
+    ]
     entries += _from_adapters(stack, base)
     _refuse_extras(entries)
-    architectures = {arch for _, lora, _ in entries if (arch := lora.metadata.get("general.architecture"))}
+    architectures = {arch for entry in entries if (arch := entry.lora.metadata.get("general.architecture"))}
     if len(architectures) > 1:
         raise NamingError(f"the adapters are for different architectures: {', '.join(sorted(architectures))}")
-    naming = entries[0][1].naming
-    weights = dict.fromkeys(weight for _, lora, _ in entries for weight in lora.adapters)
-    problems = Problems("the stack cannot be baked")
-    deltas: dict[str, LoraDelta] = {}
-    # One scaling for all weights: programs that know one alpha and one rank for the whole file (vLLM,
-    # llama.cpp) must compute the same.
-    common = largest((scale, delta) for _, lora, scale in entries for delta in lora.adapters.values()) or 1.0
-    for weight in weights:
-        found = [(n, scale, lora.adapters[weight]) for n, lora, scale in entries if weight in lora.adapters]
-        try:
-            deltas[weight] = cat([(scale, delta) for _, scale, delta in found], [n for n, _, _ in found], common)
-        except ValueError as error:
-            problems.add(f"{weight}: {error}".replace("\n", "\n  "))
-    problems.raise_any(UnsupportedError)
+    weights = _terms(entries)
+    if how.name == "cat":
+        deltas, said = _side_by_side(weights, entries), dict[str, Any]()
+    else:
+        deltas, said = _combined(weights, how, cut, progress)
+    naming = entries[0].lora.naming
     baked = LoadedLora(
-        name=name or "+".join(entry_name for entry_name, _, _ in entries),
+        name=name or "+".join(entry.name for entry in entries),
         adapters=MappingProxyType(deltas),
-        metadata=MappingProxyType(_metadata([lora for _, lora, _ in entries], base, naming)),
+        metadata=MappingProxyType(_metadata([entry.lora for entry in entries], base, naming)),
         naming=naming,
-        origin=tuple((lora, scale) for _, lora, scale in entries),
+        origin=tuple((entry.lora, entry.scale) for entry in entries),
+        made=MappingProxyType(said),
     )
     if base is not None:
         problems = Problems(f"the stack does not fit base {base.name}")
@@ -61,7 +90,100 @@ def bake(stack: LoraStack, base: BaseModel | str | Path | None = None, name: str
     return baked
 
 
-def _from_adapters(stack: LoraStack, base: BaseModel | None) -> list[tuple[str, LoadedLora, float]]:
+def with_coefficient(baked: LoadedLora, coefficient: float) -> LoadedLora:
+    """A baked adapter with everything times the merge coefficient λ; its recipe says so."""
+    return replace(
+        baked,
+        adapters=LazyDeltas(dict.fromkeys(baked.adapters), lambda name, _: baked.adapters[name].scaled(coefficient)),
+        made=MappingProxyType({**baked.made, "coefficient": coefficient}),
+    )
+
+
+def _terms(entries: list[Entry]) -> dict[str, list[tuple[int, Term]]]:
+    """Weight name -> its terms with the number of the entry each is from; ShapeError where they disagree."""
+    weights: dict[str, list[tuple[int, Term]]] = {}
+    for number, entry in enumerate(entries):
+        for weight, delta in entry.lora.adapters.items():
+            weights.setdefault(weight, []).append((number, (entry.scale, delta)))
+    problems = Problems("the stack cannot be baked")
+    for weight, numbered in weights.items():
+        try:
+            PackedWeight.check([term for _, term in numbered], [entries[n].name for n, _ in numbered])
+        except ValueError as error:
+            problems.add(f"{weight}: {error}".replace("\n", "\n  "))
+    problems.raise_any(UnsupportedError)
+    return weights
+
+
+def _side_by_side(weights: dict[str, list[tuple[int, Term]]], entries: list[Entry]) -> dict[str, LoraDelta]:
+    # One scaling for all weights: programs that know one alpha and one rank for the whole file (vLLM,
+    # llama.cpp) must compute the same.
+    common = largest(term for numbered in weights.values() for _, term in numbered) or 1.0
+    return {
+        weight: cat([term for _, term in numbered], [entries[n].name for n, _ in numbered], common)
+        for weight, numbered in weights.items()
+    }
+
+
+def _combined(
+    weights: dict[str, list[tuple[int, Term]]], method: Method, cut: Cut | None, progress: Progress | None
+) -> tuple[dict[str, LoraDelta], dict[str, Any]]:
+    """Every weight by the method, and what the recipe says of it."""
+    plain = {weight: [term for _, term in numbered] for weight, numbered in weights.items()}
+    most = max(available(terms, method.space == "dense") for terms in plain.values())
+    if cut and cut.ranks and cut.ranks[-1] > most:
+        raise ArgumentError(f"rank {cut.ranks[-1]} is more than any weight here can have, which is {most}")
+    trims = method.rule in ("ties", "magnitude_prune")
+    step = _steps(progress, len(weights) * (3 if trims else 1))
+    failures = Failures("the stack cannot be baked")
+    for terms in plain.values():  # every NaN is named before the work begins
+        failures.get(partial(_read, terms))
+    failures.raise_any()
+    by_entry = ByEntry(weights, method, lambda: next(step, None)) if method.space else None
+    deltas: dict[str, LoraDelta] = {}
+    losses: dict[str, Loss] = {}
+    for weight, terms in plain.items():
+        if by_entry:
+            deltas[weight], losses[weight] = by_entry.combined(weight, cut)
+        else:
+            deltas[weight], losses[weight] = weighted_sum(terms, cut)
+            next(step, None)
+    return deltas, _said(method, cut, losses)
+
+
+def _read(terms: Sequence[Term]) -> None:
+    """NaN and Inf have no singular values, also where they were let in."""
+    active = [delta for scale, delta in terms if scale != 0]
+    read_all(active)
+    found = [f.label for delta in active for f in delta.factors if f.allow_nonfinite and nonfinite_count(f.array)]
+    if found:
+        raise NonFiniteError("NaN or Inf can only be baked by cat, which keeps them; take the adapter out", found)
+
+
+def _said(method: Method, cut: Cut | None, losses: Mapping[str, Loss]) -> dict[str, Any]:
+    said: dict[str, Any] = {"method": method.name}
+    if method.density is not None:
+        said["density"] = method.density
+    if method.rule in ("dare", "dare_ties"):
+        said["seed"] = method.seed
+    if cut and cut.ranks:
+        said["rank"] = list(cut.ranks) if len(cut.ranks) > 1 else cut.ranks[0]
+    if cut and cut.tolerance is not None:
+        said["tolerance"] = cut.tolerance
+    said["error"] = overall(losses)
+    said["errors"] = {weight: loss.error for weight, loss in losses.items()}
+    said["ranks"] = {weight: loss.rank for weight, loss in losses.items()}
+    return said
+
+
+def _steps(progress: Progress | None, total: int) -> Iterator[None]:
+    for done in range(1, total + 1):
+        if progress:
+            progress(done, total)
+        yield
+
+
+def _from_adapters(stack: LoraStack, base: BaseModel | None) -> list[Entry]:
     """The second list by weight name, in the naming of the first."""
     if not stack.adapters:
         return []
@@ -72,12 +194,12 @@ def _from_adapters(stack: LoraStack, base: BaseModel | None) -> list[tuple[str, 
         )
     taken = len(stack)
     return [
-        (f"adapter{n}", lora_of_adapter(adapter, base, stack.naming, f"adapter{n}"), 1.0)
+        Entry(f"adapter{n}", lora_of_adapter(adapter, base, stack.naming, f"adapter{n}"), 1.0)
         for n, adapter in enumerate(stack.adapters, taken)
     ]
 
 
-def _refuse_extras(entries: list[tuple[str, LoadedLora, float]]) -> None:
+def _refuse_extras(entries: list[Entry]) -> None:
     problems = Problems("bake() holds low-rank updates only")
     for name, lora, _ in entries:
         for kind, values in lora.extras.items():

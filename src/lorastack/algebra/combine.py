@@ -1,4 +1,4 @@
-"""Combine the terms of one weight into one update; one function per method."""
+"""Combine the terms of one weight into their weighted sum: exactly, side by side, or at fewer ranks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from lorastack.algebra.cut import Cut, Loss, relative_errors
+from lorastack.algebra.lowrank import Svd, delta_of, flat_shape, matrices, svd
 from lorastack.delta import LoraDelta
 from lorastack.factor import Factor, JoinedFactor
 from lorastack.packed import PackedWeight, Term
+
+#: What float32 factors can tell of a sum: `linear` keeps the ranks above it.
+EXACT = Cut(tolerance=1e-6)
 
 
 def cat(terms: Sequence[Term], names: Sequence[str], common: float | None = None) -> LoraDelta:
@@ -31,6 +36,32 @@ def cat(terms: Sequence[Term], names: Sequence[str], common: float | None = None
 def largest(terms: Iterable[Term]) -> float:
     """The ``scale * scaling`` of largest size: relative to it no factor grows, so none can overflow."""
     return max((scale * delta.scaling for scale, delta in terms), key=abs, default=0.0)
+
+
+def weighted_sum(terms: Sequence[Term], cut: Cut | None) -> tuple[LoraDelta, Loss]:
+    """The best approximation of the weighted sum at the ranks of ``cut``; ``linear`` without one.
+
+    A truncated SVD through the R x R core of the concatenated factors (see `lowrank`).
+    """
+    parts = [svd(matrix) for matrix in matrices(terms)]
+    return cut_off(parts, cut or EXACT, terms)
+
+
+def available(terms: Sequence[Term], dense: bool = False) -> int:
+    """The largest rank this weight can be given: the adapters' ranks together, any for methods on dense entries."""
+    _, out, n_in = flat_shape(terms[0][1])
+    side = min(out, n_in)
+    return side if dense else min(side, sum(delta.rank for _, delta in terms))
+
+
+def cut_off(parts: Sequence[Svd], cut: Cut, terms: Sequence[Term]) -> tuple[LoraDelta, Loss]:
+    errors, norm = relative_errors(parts)
+    rank = cut.rank(errors)
+    kept = [part.truncated(rank) for part in parts]
+    # Factors that were all stored in one type are written in that type again.
+    stored = {factor.stored for _, delta in terms for factor in delta.factors}
+    delta = delta_of(kept, terms[0][1], stored.pop() if len(stored) == 1 else None)
+    return delta, Loss(delta.rank, norm, float(errors[min(rank, len(errors) - 1)]))
 
 
 def _join(parts: list[tuple[float, Factor]], axis: int) -> Factor:

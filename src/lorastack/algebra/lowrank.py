@@ -13,6 +13,7 @@ import numpy as np
 from numpy.linalg import LinAlgError
 
 from lorastack.delta import LoraDelta, read_all
+from lorastack.factor import Factor
 from lorastack.packed import PackedWeight, Term
 
 #: Where R reaches this part of min(in, out), an SVD of the product itself is cheaper (benchmarks/algebra.py).
@@ -79,17 +80,25 @@ def _flat(delta: LoraDelta, times: float) -> list[Matrix]:
     return [Matrix(*pair) for pair in zip(b, a, strict=True)]
 
 
-def delta_of(parts: Sequence[Matrix], like: LoraDelta, dtype: type = np.float32) -> LoraDelta:
-    """The update, scaling 1, of the kind and shape of ``like``; ranks are filled up with zeros to the largest."""
-    rank = max(1, *(part.rank for part in parts))
+def delta_of(parts: Sequence[Matrix], like: LoraDelta, stored: str | None = None) -> LoraDelta:
+    """The update, scaling 1, of the kind and shape of ``like``, in float32.
+
+    Ranks are filled up with zeros to the largest. ``stored`` names the type to write it in.
+    """
+    rank = max([1, *(part.rank for part in parts)])
     _, out, n_in = flat_shape(like)
-    a, b = np.zeros((len(parts), rank, n_in), dtype), np.zeros((len(parts), out, rank), dtype)
+    a = np.zeros((len(parts), rank, n_in), np.float32)
+    b = np.zeros((len(parts), out, rank), np.float32)
     for n, part in enumerate(parts):
         a[n, : part.rank], b[n, :, : part.rank] = part.a, part.b
-    if like.kind == "experts":
-        return LoraDelta(a, b, 1.0, "experts")
     shape_a, shape_b = (factor.shape for factor in like.factors)
-    return LoraDelta(a.reshape(rank, *shape_a[1:]), b.reshape(out, rank, *shape_b[2:]), 1.0, like.kind)
+    if like.kind != "experts":
+        a, b = a.reshape(rank, *shape_a[1:]), b.reshape(out, rank, *shape_b[2:])
+    return LoraDelta(_factor(a, "lora_A", stored), _factor(b, "lora_B", stored), 1.0, like.kind)
+
+
+def _factor(array: np.ndarray, label: str, stored: str | None) -> Factor:
+    return Factor(array.shape, array.dtype, lambda: array, label, stored=stored)
 
 
 class Basis(NamedTuple):
@@ -123,10 +132,14 @@ def _by_qr(x: np.ndarray) -> Basis:
 
 
 class Svd(NamedTuple):
-    """Singular values, descending, and the matrix cut after any of them."""
+    """Singular values, descending, and the matrix cut after any of them.
+
+    ``rest`` is the sum of the squares of the singular values that are not in ``sigma``.
+    """
 
     sigma: np.ndarray
     vectors: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    rest: float = 0.0
 
     def truncated(self, rank: int) -> Matrix:
         """The best approximation of that rank (Eckart and Young 1936), its singular values shared evenly."""
