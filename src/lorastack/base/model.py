@@ -1,20 +1,22 @@
-"""BaseModel: the names and shapes of a base's weights, read from its headers alone."""
+"""BaseModel: the names and shapes of a base's weights, read from its headers alone; a weight only when asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import orjson
 
 from lorastack.base.architectures import BY_HF, Architecture, architecture_of
 from lorastack.delta import LoraDelta
-from lorastack.errors import FormatError, Problems
+from lorastack.errors import FormatError, Problems, ShapeError, UnknownNameError, UnsupportedError
 from lorastack.formats.gguf import open_reader
-from lorastack.formats.safetensors_file import SafetensorsFile
+from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
 from lorastack.hub import resolve
 from lorastack.target import Naming
 
@@ -24,10 +26,19 @@ _BASE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.gg
 
 
 @dataclass(frozen=True)
-class BaseModel:
-    """A base model's weight names, shapes and configuration; no weight is read.
+class Stored:
+    """One weight of a base in its file."""
 
-    ``shapes`` maps every weight to its shape, in NumPy's order (``[out, in]``).
+    file: Path
+    read: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model's weight names, shapes and configuration; no weight is read before `weight` asks for it.
+
+    ``shapes`` maps every weight to its shape, in NumPy's order (``[out, in]``); ``stored`` to its place on the disk,
+    empty for a model in memory.
     """
 
     name: str
@@ -35,6 +46,7 @@ class BaseModel:
     architecture_name: str | None
     config: Mapping[str, Any] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    stored: Mapping[str, Stored] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -56,6 +68,52 @@ class BaseModel:
         """Key/value heads; as many as heads when the configuration names none."""
         return self._number("attention.head_count_kv", "num_key_value_heads", default=self.heads)
 
+    def weight(self, name: str) -> np.ndarray:
+        """The weight ``name`` in float32 (float64 where the file has that), as stored: see `shapes`.
+
+        Quantised GGUF types are dequantised. Read anew each time, and not kept.
+
+        Raises
+        ------
+        UnknownNameError
+            When the base has no such weight, or was not opened from files.
+        UnsupportedError
+            When it is quantised in a way of its own: bitsandbytes, GPTQ, AWQ, FP8 with scales beside it.
+        """
+        place = self.stored.get(name)
+        if place is None:
+            why = "it has no such weight" if self.stored else "it is in memory only, open it with open_base(path)"
+            raise UnknownNameError(f"base {self.name}: weight {name} cannot be read; {why}")
+        if self.config.get("quantization_config"):
+            raise UnsupportedError(
+                f"base {self.name}: its weights are quantised (quantization_config), which is not read here; "
+                "give the model it was made from"
+            )
+        return place.read()
+
+    def weight_of(self, name: str, delta: LoraDelta) -> np.ndarray:
+        """The weight as what ``delta`` adds to: ``[matrices, out, in]``, one matrix but for experts.
+
+        GPT-2's ``Conv1D`` and embeddings are turned over, a convolution is ``[out, in * kernel]``.
+
+        Raises
+        ------
+        ShapeError
+            When it has another shape than the adapter changes.
+        """
+        if problem := self.misfit(name, delta):
+            raise ShapeError(f"base {self.name}: {problem}")
+        array = self.weight(name)
+        if delta.kind == "conv":
+            return array.reshape(1, array.shape[0], -1)
+        wide = array if delta.kind == "experts" else array[None]
+        return (
+            wide
+            if wide.shape[1:] == (delta.out_features, delta.in_features)
+            and not (delta.kind == "embedding" or self._is_conv1d(name))
+            else wide.swapaxes(1, 2)
+        )
+
     def misfit(self, name: str, delta: LoraDelta) -> str | None:
         """Say why ``delta`` is no update of the weight ``name``; None when it is, or its shape cannot be told."""
         shape = self.shapes.get(name)
@@ -75,10 +133,12 @@ class BaseModel:
         if delta.kind == "experts":
             experts = delta.num_experts or 0
             return list(dict.fromkeys([(experts, n_out, n_in), (experts, n_in, n_out)]))
-        # transformers' Conv1D, which only GPT-2 and its kin use for all but the head, keeps its weight [in, out].
+        return [(n_in, n_out) if self._is_conv1d(name) else (n_out, n_in)]
+
+    def _is_conv1d(self, name: str) -> bool:
+        """transformers' Conv1D, which only GPT-2 and its kin use for all but the head, keeps its weight [in, out]."""
         gpt2 = self.naming == "hf" and self.architecture_name in ("GPT2LMHeadModel", "GPT2Model")
-        conv1d = gpt2 and name != "lm_head.weight"
-        return [(n_in, n_out) if conv1d else (n_out, n_in)]
+        return gpt2 and name != "lm_head.weight"
 
     def _number(self, gguf_key: str, *hf_keys: str, default: int | None = None) -> int:
         keys = [f"{self.architecture_name}.{gguf_key}"] if self.naming == "gguf" else list(hf_keys)
@@ -115,7 +175,17 @@ def _from_gguf(path: Path, given: str) -> BaseModel:
     if config.get("general.type") == "adapter":
         raise FormatError(f"base {given}: it is an adapter (general.type), give the model it was trained on")
     shapes = {t.name: tuple(int(n) for n in reversed(t.shape.tolist())) for t in reader.tensors}
-    return BaseModel(given, "gguf", config.get("general.architecture"), config, shapes)
+    stored = {t.name: Stored(path, partial(_dequantised, t, given)) for t in reader.tensors}
+    return BaseModel(given, "gguf", config.get("general.architecture"), config, shapes, stored)
+
+
+def _dequantised(tensor: gguf.ReaderTensor, given: str) -> np.ndarray:
+    try:
+        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    except (NotImplementedError, ValueError, KeyError) as error:
+        kind = tensor.tensor_type.name
+        raise UnsupportedError(f"base {given}: tensor {tensor.name} of type {kind} cannot be read: {error}") from error
+    return array.reshape(tuple(int(n) for n in reversed(tensor.shape.tolist())))
 
 
 def _from_folder(folder: Path, given: str) -> BaseModel:
@@ -127,21 +197,39 @@ def _from_folder(folder: Path, given: str) -> BaseModel:
     if not files:
         raise FormatError(f"base {given}: it has no .safetensors file; convert the model with save_pretrained()")
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        shapes.update({name: info[1] for name, info in SafetensorsFile(file).tensors.items()})
+    stored: dict[str, Stored] = {}
+    for path in files:
+        file = SafetensorsFile(path)
+        for name, info in file.tensors.items():
+            shapes[name] = info[1]
+            stored[name] = Stored(path, partial(_floats, file, name, given))
     _check_index(folder, given, shapes)
     names = config.get("architectures") or [None]
-    return BaseModel(given, "hf", names[0], config, _prefixed(shapes, names[0]))
+    full = _prefixed(list(shapes), names[0])
+    return BaseModel(
+        given,
+        "hf",
+        names[0],
+        config,
+        {full[name]: shape for name, shape in shapes.items()},
+        {full[name]: place for name, place in stored.items()},
+    )
 
 
-def _prefixed(shapes: dict[str, tuple[int, ...]], architecture: str | None) -> dict[str, tuple[int, ...]]:
-    """The names as the model's class has them: some files on the hub (GPT-2's) leave out its prefix."""
+def _floats(file: SafetensorsFile, name: str, given: str) -> np.ndarray:
+    stored = file.tensors[name][0]
+    if stored not in FLOATS:
+        raise UnsupportedError(f"base {given}: tensor {name} is {stored}, no floating-point weight")
+    array = file.factor(name, allow_nonfinite=True).take()
+    return array if stored == "F64" else array.astype(np.float32)
+
+
+def _prefixed(names: list[str], architecture: str | None) -> dict[str, str]:
+    """Each name as the model's class has it: some files on the hub (GPT-2's) leave out its prefix."""
     prefix = BY_HF[architecture].prefix + "." if architecture in BY_HF else ""
-    if any(name.startswith(prefix) for name in shapes):
-        return shapes
-    return {
-        name if name.startswith(("lm_head", "embed_out")) else prefix + name: shape for name, shape in shapes.items()
-    }
+    if any(name.startswith(prefix) for name in names):
+        prefix = ""
+    return {name: name if name.startswith(("lm_head", "embed_out")) else prefix + name for name in names}
 
 
 def _check_index(folder: Path, given: str, shapes: Mapping[str, Any]) -> None:
