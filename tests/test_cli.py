@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -464,3 +465,38 @@ def test_bake_refuses_a_field_it_does_not_know_unless_told_to_ignore_it(lorastac
     assert "--ignore use_magic" in said
     lorastack.works("bake", "new", "-o", "out", "--ignore", "use_magic")
     assert_is("out", truth("base", "hf", ("luna", 1)))
+
+
+def test_a_bake_at_a_lower_rank_says_and_stores_its_error(lorastack: Command, shared: Path) -> None:
+    adapters = [shared / "stories260k" / "gguf" / f"{name}.f32.gguf" for name in ("excited", "zara")]
+    out = lorastack.works("bake", f"{adapters[0]}:0.7", adapters[1], "--rank", "4,8", "-o", "both.gguf")
+    assert re.search(r"both.gguf: 2 adapters as one, \d+ weights of rank [48]", out)
+    error = re.search(r"relative error ([\d.e-]+) overall, at most", out)
+    said = tomllib.loads(load(lorastack.folder / "both.gguf").metadata["lorastack.recipe"])["lorastack"]
+    assert said["method"] == "svd"
+    assert error is not None
+    assert float(error[1]) == pytest.approx(said["error"], rel=1e-2)
+
+
+def test_resize_writes_a_smaller_adapter(lorastack: Command, shared: Path) -> None:
+    zara = shared / "stories260k" / "adapters" / "zara"
+    out = lorastack.works("resize", zara, "--rank", 2, "-o", "small")
+    assert "small: one adapter, 35 weights of rank 2" in out
+    assert load(lorastack.folder / "small").rank == 2
+    assert "say how far to go" in lorastack.fails("resize", zara, "-o", "other")
+    assert "rank 9 is more than any weight here can have, which is 8" in lorastack.fails(
+        "resize", zara, "--rank", 9, "-o", "other"
+    )
+    assert "--rank is 'x'" in lorastack.fails("resize", zara, "--rank", "x", "-o", "other")
+
+
+def test_a_sweep_writes_a_file_for_each_merge_coefficient(lorastack: Command, shared: Path) -> None:
+    adapters = [shared / "stories260k" / "adapters" / name for name in ("excited", "zara")]
+    lorastack.works("bake", *adapters, "--method", "ties@knots", "--scales", "0.5:1.0:0.25", "-o", "both")
+    found = {c: load(lorastack.folder / f"both-{c}") for c in ("0.5", "0.75", "1")}
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    whole = found["1"].adapters[weight].dense()
+    for c, lora in found.items():
+        assert np.allclose(lora.adapters[weight].dense(), float(c) * whole, atol=1e-6)
+        assert f"coefficient = {float(c)}" in lora.metadata["lorastack.recipe"]
+    assert "--scales is '1:0'" in lorastack.fails("bake", *adapters, "--scales", "1:0", "-o", "other")

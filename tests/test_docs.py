@@ -40,7 +40,7 @@ def test_python_examples_run(page: Path, workplace: Path) -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "console")], ids=lambda p: p.name)
 def test_command_examples_run(page: Path, workplace: Path) -> None:
-    for line in "\n".join(blocks(page, "console")).splitlines():
+    for line in "".join(blocks(page, "console")).splitlines():
         assert line.startswith("$ lorastack ")
         words = shlex.split(line.removeprefix("$ lorastack "))
         done = subprocess.run([sys.executable, "-c", "from lorastack.cli import main; main()", *words],

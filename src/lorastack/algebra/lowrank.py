@@ -17,7 +17,7 @@ from lorastack.factor import Factor
 from lorastack.packed import PackedWeight, Term
 
 #: Where R reaches this part of min(in, out), an SVD of the product itself is cheaper (benchmarks/algebra.py).
-DENSE_FROM = 0.5
+DENSE_FROM = 0.9
 #: Columns nearer to dependence than this (smallest eigenvalue of their normalised Gram matrix) lose too many
 #: digits in it: the adapter that is there twice, the lora_B that was never trained.
 _INDEPENDENT = 1e-7

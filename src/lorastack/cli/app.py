@@ -35,6 +35,17 @@ Base = Annotated[
     str | None,
     typer.Option("--base", "-b", metavar="BASE", help="The base model: a Hugging Face folder, hub id or GGUF file."),
 ]
+StoredType = Annotated[
+    str | None,
+    typer.Option(metavar="TYPE", help="f32, f16, bf16, or for GGUF q8_0; factors keep theirs when not given."),
+]
+DropExtras = Annotated[
+    bool,
+    typer.Option(
+        "--drop-extras",
+        help="Leave out what a low-rank adapter cannot hold: DoRA magnitudes, biases, saved modules.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")]
 
 
@@ -57,6 +68,8 @@ def root(
 from lorastack.cli import apply as _apply  # noqa: E402
 from lorastack.cli import bake as _bake  # noqa: E402
 from lorastack.cli import inspect as _inspect  # noqa: E402
+from lorastack.cli import resize as _resize  # noqa: E402
 from lorastack.cli import run as _run  # noqa: E402
+from lorastack.cli import tune as _tune  # noqa: E402
 
-__all__ = ["_apply", "_bake", "_inspect", "_run", "app"]
+__all__ = ["_apply", "_bake", "_inspect", "_resize", "_run", "_tune", "app"]

@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
+from lorastack.adapter import LoadedLora
+from lorastack.algebra.bake import with_coefficient
 from lorastack.base import open_base
-from lorastack.cli.app import Adapters, AllowNonfinite, Base, Force, Ignore, app
-from lorastack.cli.progress import byte_bar
+from lorastack.cli.app import Adapters, AllowNonfinite, Base, DropExtras, Force, Ignore, StoredType, app
+from lorastack.cli.cutting import Energy, Rank, Tolerance, loss_of, parse_ranks, parse_sweep
+from lorastack.cli.progress import byte_bar, step_bar
 from lorastack.errors import ArgumentError
 from lorastack.files import check_output
 from lorastack.formats import save
@@ -26,18 +29,27 @@ def bake(
         typer.Option("--output", "-o", metavar="OUT", help="NAME.gguf for a GGUF adapter, else a folder for PEFT."),
     ],
     base: Base = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="TYPE", help="f32, f16, bf16, or for GGUF q8_0; factors keep theirs when not given."),
-    ] = None,
+    dtype: StoredType = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="The new adapter's name.")] = None,
-    drop_extras: Annotated[
-        bool,
+    method: Annotated[
+        str,
+        typer.Option(metavar="METHOD", help="cat, linear, svd, or a rule in a space such as ties@knots; see below."),
+    ] = "cat",
+    rank: Rank = None,
+    energy: Energy = None,
+    tolerance: Tolerance = None,
+    density: Annotated[
+        float | None,
+        typer.Option(metavar="D", help="The part of entries that rules keep; 0.2 for ties, 0.5 for dare."),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of dare's random masks.")] = 0,
+    scales: Annotated[
+        str | None,
         typer.Option(
-            "--drop-extras",
-            help="Leave out what a low-rank adapter cannot hold: DoRA magnitudes, biases, saved modules.",
+            metavar="FROM:TO:STEP", help="Write one file for each merge coefficient, as in 0.2:1.0:0.1: OUT-0.2, ..."
         ),
-    ] = False,
+    ] = None,
+    drop_extras: DropExtras = False,
     force: Force = False,
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
@@ -54,8 +66,18 @@ def bake(
     `lorastack bake zara.gguf:0.7 ./robot:0.5 --base ./my-model -o both --dtype f16`
 
     `lorastack bake recipe.toml -o both.gguf`
+
+    With `--rank`, `--energy` or `--tolerance` each weight is the best approximation of the sum, through a truncated
+    SVD; the error is said, and stored in the file. Methods: `cat` and `linear` (the weighted sum), `svd`, and
+    `ties`, `dare`, `dare_ties` or `magnitude_prune`, each `@dense`, `@knots` or `@core`.
+
+    `lorastack bake zara.gguf:0.7 excited.gguf:0.3 --rank 8 -o both.gguf`
+
+    `lorastack bake ./zara ./excited --method ties@knots --density 0.2 --scales 0.2:1.0:0.2 -o ./both`
     """
-    check_output(output, force)
+    outputs = _outputs(output, parse_sweep(scales))
+    for path, _ in outputs:
+        check_output(path, force)
     as_gguf = output.suffix == ".gguf"
     recipe = Recipe.of_words(adapters)
     source = base or recipe.base
@@ -70,7 +92,34 @@ def bake(
         raise ArgumentError(
             f"{output}: these adapters have GGUF names; write a .gguf file, or give --base to convert them for PEFT"
         )
-    lora = stack.bake(base=model, name=name or output.stem)
+    with step_bar("combining") as step:
+        baked = stack.bake(
+            base=model,
+            name=name or output.stem,
+            method=method,
+            rank=parse_ranks(rank),
+            energy=energy,
+            tolerance=tolerance,
+            density=density,
+            seed=seed,
+            progress=step,
+        )
+    for path, coefficient in outputs:
+        lora = baked if coefficient is None else with_coefficient(baked, coefficient)
+        _write(lora, path, dtype, force)
+        typer.echo(f"{path}: {_words(lora, len(stack))}")
+    if loss := loss_of(baked):
+        typer.echo(loss)
+
+
+def _outputs(output: Path, coefficients: list[float]) -> list[tuple[Path, float | None]]:
+    """The output of every merge coefficient, named after it."""
+    suffix = output.suffix if output.suffix == ".gguf" else ""
+    stem = output.name.removesuffix(suffix)
+    return [(output.with_name(f"{stem}-{c:g}{suffix}"), c) for c in coefficients] or [(output, None)]
+
+
+def _write(lora: LoadedLora, output: Path, dtype: str | None, force: bool) -> None:
     total = sum(
         math.prod(f.shape) * {"f32": 4, "q8_0": 1}.get(dtype or f.stored.lower(), 2)
         for delta in lora.adapters.values()
@@ -78,6 +127,10 @@ def bake(
     )
     with byte_bar(f"writing {output.name}", total) as advance:
         save(lora, output, dtype=dtype, force=force, progress=advance)
+
+
+def _words(lora: LoadedLora, adapters: int) -> str:
     ranks = sorted({delta.rank for delta in lora.adapters.values()})
     span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    typer.echo(f"{output}: {len(stack)} adapters as one, {lora.num_adapters()} weights of rank {span}")
+    many = f"{adapters} adapters as one" if adapters != 1 else "one adapter"
+    return f"{many}, {lora.num_adapters()} weights of rank {span}"

@@ -1,0 +1,57 @@
+"""``lorastack resize``: one adapter at another rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorastack.cli.app import AllowNonfinite, Base, DropExtras, Force, Ignore, StoredType, app
+from lorastack.cli.bake import bake
+from lorastack.cli.cutting import Energy, Rank, Tolerance
+from lorastack.errors import ArgumentError
+
+
+@app.command()
+def resize(
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="A GGUF file, a PEFT folder or a hub id.", show_default=False)
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="OUT", help="NAME.gguf for a GGUF adapter, else a folder for PEFT."),
+    ],
+    rank: Rank = None,
+    energy: Energy = None,
+    tolerance: Tolerance = None,
+    base: Base = None,
+    dtype: StoredType = None,
+    drop_extras: DropExtras = False,
+    force: Force = False,
+    allow_nonfinite: AllowNonfinite = False,
+    ignore: Ignore = None,
+) -> None:
+    """Write an adapter at a lower rank: each weight the best approximation there is, its error said.
+
+    Examples:
+
+    `lorastack resize zara.gguf --rank 4 -o zara-small.gguf`
+
+    `lorastack resize ./zara --rank 2,4,8 --energy 0.95 -o ./zara-small`
+    """
+    if rank is None and energy is None and tolerance is None:
+        raise ArgumentError("say how far to go: --rank 8, --energy 0.99 or --tolerance 1e-3")
+    bake(
+        [adapter],
+        output,
+        base=base,
+        dtype=dtype,
+        rank=rank,
+        energy=energy,
+        tolerance=tolerance,
+        drop_extras=drop_extras,
+        force=force,
+        allow_nonfinite=allow_nonfinite,
+        ignore=ignore,
+    )
