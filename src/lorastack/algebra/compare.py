@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorastack.adapter import LoadedLora
+from lorastack.algebra.intruders import IntruderSearch
 from lorastack.algebra.lowrank import Matrix, flat_shape, matrices
 from lorastack.algebra.measure import AdapterMeasure, WeightMeasure, measure_adapter, measure_weight
 from lorastack.algebra.signs import sign_counts
@@ -30,7 +31,7 @@ from lorastack.extras import HARMLESS, KINDS
 from lorastack.packed import PackedWeight
 from lorastack.stack import LoraStack
 
-__all__ = ["Comparison", "NearDuplicate", "Pairs", "compare", "principal_angles", "verdict"]
+__all__ = ["Comparison", "IntruderSearch", "NearDuplicate", "Pairs", "compare", "principal_angles", "verdict"]
 
 #: Up to so many adapters the numbers of each weight are kept too, and products are taken in float64.
 FEW = 32
@@ -40,6 +41,8 @@ SIGN_SAMPLES = 1 << 16
 SIGNS_EXACT_TO = 1 << 28
 #: Above this cosine two adapters do nearly the same.
 DUPLICATE = 0.99
+#: The paper's own: the ten leading vectors, cosines below one half.
+INTRUDERS = IntruderSearch()
 #: Beyond this cosine it matters for the sum that both are there.
 MATTERS = 0.1
 
@@ -168,6 +171,7 @@ def compare(
     base: BaseModel | str | Path | None = None,
     names: Sequence[str] | None = None,
     *,
+    intruders: IntruderSearch | None = INTRUDERS,
     sign_samples: int | None = SIGN_SAMPLES,
     progress: Callable[[int], None] | None = None,
 ) -> Comparison:
@@ -180,9 +184,13 @@ def compare(
     stack
         At least one adapter. Those known by (target module, layer) need the base, which has their weights' names.
     base
-        The model they are for, or where it is: norms are then also given relative to its weights.
+        The model they are for, or where it is: norms are then also given relative to its weights, and intruder
+        dimensions are looked for.
     names
         The adapters' names in the result; the stack's own when not given.
+    intruders
+        How to look for intruder dimensions; None to leave them, and so the decomposition of every weight of the base,
+        which takes from seconds to minutes each the first time.
     sign_samples
         About how many entries of each weight to compare signs at, where there are too many to look at all; None
         for all of them whatever it takes.
@@ -230,8 +238,12 @@ def compare(
         if not failures:
             size = None if array is None else _norm(array)
             base_squares[list(at)] += (size or 0.0) ** 2
+            counts = {}
+            if base is not None and array is not None and intruders is not None:
+                counts = _intruders(intruders, base, weight, array, parts)
             for n, found in parts.items():
-                measured[n].append(measure_weight(weight, flat_shape(like), [one.span.sigma for one in found], size))
+                sigmas = [one.span.sigma for one in found]
+                measured[n].append(measure_weight(weight, flat_shape(like), sigmas, size, counts.get(n)))
             sums = _sums(len(entries), parts)
             for expert in range(flat_shape(like)[0]):
                 matrix = [parts[n][expert].matrix if n in parts else None for n in range(len(entries))]
@@ -336,6 +348,19 @@ def _parts(entry: _Entry, delta: LoraDelta, weight: str) -> list[_Part]:
         return [_Part(matrix, span(matrix)) for matrix in found]
     except NonFiniteError as error:
         raise NonFiniteError(f"{entry.name}: {weight}: {error}") from error
+
+
+def _intruders(
+    search: IntruderSearch, base: BaseModel, weight: str, array: np.ndarray, parts: dict[int, list[_Part]]
+) -> dict[int, tuple[int, int]]:
+    """Entry number -> intruders and vectors looked at, of all matrices of one weight."""
+    counts = dict.fromkeys(parts, (0, 0))
+    for number, matrix in enumerate(array):
+        left = search.left(base, weight, number, matrix)
+        for n, found in parts.items():
+            many, of = search.count(left, matrix, found[number].span)
+            counts[n] = counts[n][0] + many, counts[n][1] + of
+    return counts
 
 
 @dataclass
