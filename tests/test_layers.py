@@ -10,7 +10,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "lorastack"
 ORDER = (
     "errors pipeline dtypes factor delta target extras adapter packed stack hub files formats base algebra recipe "
-    "inspect torch cli"
+    "inspect torch report cli"
 ).split()
 #: function -> the lower layers it imports: facades that users expect as methods.
 FACADES = {
@@ -79,7 +79,7 @@ def test_downward_imports_inside_functions_are_the_listed_facades() -> None:
 
 
 def test_importing_lorastack_never_imports_torch() -> None:
-    heavy = "('torch', 'transformers', 'peft', 'plotly', 'fastapi')"
+    heavy = "('torch', 'transformers', 'peft', 'plotly', 'optuna', 'fastapi')"
     code = f"import sys, lorastack, lorastack.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,5 +1,9 @@
 """LoraStack composes LoRA adapters: load any format, stack with scales, apply, bake or merge."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from lorastack.adapter import LoadedLora, LoraAdapter
 from lorastack.base import convert_names
 from lorastack.delta import LoraDelta
@@ -7,6 +11,9 @@ from lorastack.errors import LoraStackError
 from lorastack.formats import load, save
 from lorastack.stack import LoraStack
 from lorastack.target import TargetModule
+
+if TYPE_CHECKING:
+    from lorastack.torch import tune as tune
 
 __version__ = "0.1.0"
 
@@ -21,3 +28,12 @@ __all__ = [
     "load",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Not in __all__: `import *` would load torch.
+    if name == "tune":
+        from lorastack.torch import tune
+
+        return tune
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Stacks on live models: attach, change scales between two tokens, give every row of a batch its own mixture."""
+"""Stacks on live models: attach, hot scales between two tokens, mixtures by row, the search for the best scales."""
 
 from __future__ import annotations
 
@@ -8,5 +8,6 @@ require("torch", "torch")
 
 from lorastack.torch.attach import attach, attach_all  # noqa: E402
 from lorastack.torch.handle import Handle, Report  # noqa: E402
+from lorastack.torch.tune import Tuned, tune  # noqa: E402
 
-__all__ = ["Handle", "Report", "attach", "attach_all"]
+__all__ = ["Handle", "Report", "Tuned", "attach", "attach_all", "tune"]

@@ -1,0 +1,186 @@
+"""``lorastack tune``: find the scales under which a base foretells texts best."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import orjson
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from lorastack.cli.app import AllowNonfinite, Force, Ignore, app
+from lorastack.errors import ArgumentError, Problems, require
+from lorastack.files import check_output, whole_output
+from lorastack.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lorastack.torch import Tuned
+
+
+@app.command()
+def tune(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A Hugging Face folder or hub id, or a GGUF file.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER[:SCALE]...", help="Adapters or recipes, with the scales to begin with.", show_default=False
+        ),
+    ],
+    text: Annotated[
+        list[Path],
+        typer.Option("--text", metavar="FILE", help="Passages to foretell, one on each line; may be repeated."),
+    ],
+    low: Annotated[float, typer.Option(help="The lowest scale to try.")] = -0.5,
+    high: Annotated[float, typer.Option(help="The highest scale to try.")] = 1.5,
+    trials: Annotated[int, typer.Option(min=3, help="Mixtures to score at most.")] = 60,
+    seed: Annotated[int, typer.Option(help="Another seed searches another way; the same one finds the same.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="NAME.toml", help="Write the best stack there, as a recipe."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="NAME.html", help="Write a page with the score over the scales; needs plotly."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every trial.")] = False,
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help="auto, f32, f16 or bf16.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, mps, ...")] = "auto",
+    force: Force = False,
+    allow_nonfinite: AllowNonfinite = False,
+    ignore: Ignore = None,
+) -> None:
+    """Find the scales under which a base with adapters foretells texts best: the lowest perplexity.
+
+    The search needs no gradients and never reloads anything. The recipe it writes is an adapter to every command.
+
+    Examples:
+
+    `lorastack tune ./my-model zara.gguf excited.gguf --text eval.txt -o best.toml --plot landscape.html`
+
+    `lorastack tune base.gguf ./style:0.8 ./robot:0.2 --text eval.txt --low 0 --high 1 --trials 100`
+
+    `lorastack bake best.toml -o both.gguf`
+    """
+    _check_outputs(output, plot, force)
+    texts = [line for file in text for line in _lines(file)]
+    require("torch", "torch")
+    require("optuna", "tune")
+    if plot:
+        require("plotly", "report")
+    from lorastack.torch import tune as search
+    from lorastack.torch.generate import load_base
+
+    recipe = Recipe.of_words(adapters)
+    entries = recipe.entries(allow_nonfinite=allow_nonfinite, ignore=ignore or ())
+    model, tokenizer = load_base(base, dtype, device)
+    with _trial_bar(trials) as progress:
+        tuned = search(
+            model,
+            entries,
+            texts=texts,
+            tokenizer=tokenizer,
+            low=low,
+            high=high,
+            trials=trials,
+            seed=seed,
+            progress=progress,
+        )
+    if output:
+        best = _seen_from(tuned.recipe(base), output.parent)
+        with whole_output(output, force) as path:
+            path.write_text(best.to_toml(), "utf-8")
+    if plot:
+        from lorastack.report.landscape import landscape
+
+        with whole_output(plot, force) as path:
+            path.write_text(landscape(tuned), "utf-8")
+    if as_json:
+        typer.echo(orjson.dumps(_json(tuned), option=orjson.OPT_INDENT_2).decode())
+    else:
+        _print(tuned, [file for file in (output, plot) if file])
+
+
+def _check_outputs(output: Path | None, plot: Path | None, force: bool) -> None:
+    """Refuse before a long search what could not be written after it."""
+    problems = Problems("the result cannot be written")
+    for file, ending in ((output, ".toml"), (plot, ".html")):
+        if file is None:
+            continue
+        if file.suffix != ending:
+            problems.add(f"{file}: give it a name that ends with {ending}")
+        try:
+            check_output(file, force)
+        except ArgumentError as error:
+            problems.add(error)
+    problems.raise_any(ArgumentError)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{file}: the texts cannot be read: {error}") from error
+    if not any(lines):
+        raise ArgumentError(f"{file}: it has no text; write one passage on each line")
+    return [line for line in lines if line]
+
+
+def _seen_from(recipe: Recipe, folder: Path) -> Recipe:
+    """With paths relative to the recipe's own folder, so that it works from anywhere, and moves along with it."""
+
+    def located(source: str) -> str:
+        path = Path(source).expanduser()
+        if Path(source).is_absolute() or not path.exists():
+            return source  # a place said in full, or a hub id
+        try:
+            return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+        except ValueError:  # another drive
+            return str(path.resolve())
+
+    ingredients = tuple(replace(one, source=located(one.source)) for one in recipe.ingredients)
+    return replace(recipe, ingredients=ingredients, base=located(recipe.base) if recipe.base else None)
+
+
+@contextlib.contextmanager
+def _trial_bar(total: int) -> Iterator[Callable[[int, int], None]]:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("searching the scales", total=total)
+        yield lambda done, most: bar.update(task, completed=done, total=most)
+
+
+def _json(tuned: Tuned) -> dict[str, Any]:
+    return {
+        "measure": tuned.measure,
+        "scales": dict(tuned.scales),
+        "score": tuned.score,
+        "as_given": {"scales": dict(tuned.trials[0].scales), "score": tuned.equal},
+        "base": tuned.base,
+        "failed": tuned.failed,
+        "trials": [{"scales": dict(trial.scales), "score": trial.score} for trial in tuned.trials],
+    }
+
+
+def _print(tuned: Tuned, written: list[Path]) -> None:
+    console = Console(highlight=False)
+    table = Table("", *(escape(name) for name in tuned.scales), tuned.measure)
+    given = tuned.trials[0].scales
+    for label, scales, score in (
+        ("best", tuned.scales, tuned.score),
+        ("as given", given, tuned.equal),
+        ("base", dict.fromkeys(given, 0.0), tuned.base),
+    ):
+        table.add_row(label, *(f"{scale:g}" for scale in scales.values()), f"{score:.4f}")
+    console.print(table)
+    failed = f", {tuned.failed} without a finite score" if tuned.failed else ""
+    console.print(f"{len(tuned.trials)} trials{failed}", soft_wrap=True)
+    for file in written:
+        console.print(f"{escape(str(file))}: written", soft_wrap=True)

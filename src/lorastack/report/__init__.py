@@ -1,0 +1,1 @@
+"""Pages with plots; the only package that imports plotly."""
