@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -65,7 +66,11 @@ class Search:
         """
         wide = dict.fromkeys(self.names, optuna.distributions.FloatDistribution(self.low, self.high))
         with _quiet(optuna):
-            study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True))
+            with warnings.catch_warnings():
+                # Optuna 4 calls `multivariate` experimental; Optuna 5 does not.
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
+            study = optuna.create_study(sampler=sampler)
             for scales, value in self.trials:
                 if math.isfinite(value) and all(self.low <= scale <= self.high for scale in scales.values()):
                     known = {"params": dict(scales), "distributions": wide, "value": self._cost(value)}
