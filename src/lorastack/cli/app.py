@@ -67,9 +67,11 @@ def root(
 # Importing a subcommand registers it.
 from lorastack.cli import apply as _apply  # noqa: E402
 from lorastack.cli import bake as _bake  # noqa: E402
+from lorastack.cli import compare as _compare  # noqa: E402
 from lorastack.cli import inspect as _inspect  # noqa: E402
+from lorastack.cli import report as _report  # noqa: E402
 from lorastack.cli import resize as _resize  # noqa: E402
 from lorastack.cli import run as _run  # noqa: E402
 from lorastack.cli import tune as _tune  # noqa: E402
 
-__all__ = ["_apply", "_bake", "_inspect", "_resize", "_run", "_tune", "app"]
+__all__ = ["_apply", "_bake", "_compare", "_inspect", "_report", "_resize", "_run", "_tune", "app"]
