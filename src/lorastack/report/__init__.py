@@ -1,1 +1,74 @@
 """Pages with plots; the only package that imports plotly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorastack.files import check_output, whole_output
+
+if TYPE_CHECKING:
+    from lorastack.base import BaseModel
+    from lorastack.stack import LoraStack
+
+__all__ = ["report"]
+
+
+def report(
+    stack: LoraStack,
+    path: str | Path,
+    base: BaseModel | str | Path | None = None,
+    force: bool = False,
+    *,
+    intruders: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write one page about a stack: what is in each adapter, where they meet, what a bake at a rank would lose.
+
+    The page holds everything it shows, the plotting library too: open it anywhere, without a network.
+
+    Parameters
+    ----------
+    stack
+        At least one adapter. Those known by (target module, layer) need the base.
+    path
+        The file to write.
+    base
+        The model they are for, or where it is: norms are then also given as a share of its weights'.
+    force
+        Replace a file that exists.
+    intruders
+        Look for intruder dimensions too, where there is a base: every weight of it is decomposed, which takes from
+        seconds to minutes each the first time.
+    progress
+        Called with the weights done and the weights there are; each counts twice.
+
+    Raises
+    ------
+    ArgumentError
+        When the stack is empty, or the file exists and ``force`` is not set.
+    MissingDependencyError
+        Without plotly: ``pip install 'lorastack[report]'``.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from lorastack import LoadedLora, LoraStack
+    >>> b, a = np.ones((2, 1)), np.array([[3.0, 4.0, 0.0]])
+    >>> one = LoadedLora.from_tensors({"w": (a, b)}, name="one")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     page = report(LoraStack([(one, 1.0)]), f"{folder}/report.html").read_text()
+    >>> "7.07" in page, page.rstrip().endswith("</html>")
+    (True, True)
+    """
+    path = Path(path)
+    check_output(path, force)  # before the work, not after it
+    from lorastack.report.findings import find
+    from lorastack.report.page import page
+
+    text = page(find(stack, base, intruders, progress))
+    with whole_output(path, force) as scratch:
+        scratch.write_text(text, "utf-8")
+    return path

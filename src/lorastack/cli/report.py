@@ -1,0 +1,59 @@
+"""``lorastack report``: one page about a stack, with plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorastack.base import open_base
+from lorastack.cli.app import Adapters, Base, Force, Ignore, app
+from lorastack.cli.progress import step_bar
+from lorastack.errors import ArgumentError, require
+from lorastack.files import check_output
+from lorastack.recipe import Recipe
+
+
+@app.command()
+def report(
+    adapters: Adapters,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="NAME.html", help="The page to write.")],
+    base: Base = None,
+    intruders: Annotated[
+        bool,
+        typer.Option(
+            "--intruders", help="With --base: look for intruder dimensions too; seconds to minutes a weight, once."
+        ),
+    ] = False,
+    force: Force = False,
+    ignore: Ignore = None,
+) -> None:
+    """Write one page about adapters and their sum: norms, spectra, similarity, conflicts, what a bake would lose.
+
+    The page works without a network, in light and dark, on a phone and on paper. It needs plotly:
+    `pip install 'lorastack[report]'`.
+
+    Examples:
+
+    `lorastack report zara.gguf:0.7 excited.gguf:0.3 -o report.html`
+
+    `lorastack report ./zara ./robot:0.5 --base ./my-model -o report.html`
+
+    `lorastack report recipe.toml -o report.html --force`
+    """
+    if output.suffix not in (".html", ".htm"):
+        raise ArgumentError(f"{output}: give it a name that ends with .html")
+    check_output(output, force)
+    recipe = Recipe.of_words(adapters)
+    source = base or recipe.base
+    if intruders and not source:
+        raise ArgumentError("--intruders compares with the base; give it with --base")
+    require("plotly", "report")
+    from lorastack.report import report as write
+
+    model = open_base(source) if source else None
+    stack = recipe.stack(base=model, ignore=ignore or ())
+    with step_bar("measuring") as step:
+        write(stack, output, model, force, intruders=intruders, progress=step)
+    typer.echo(f"{output}: {len(stack)} adapters, {output.stat().st_size / 2**20:.1f} MiB")

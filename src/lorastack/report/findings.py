@@ -1,0 +1,132 @@
+"""Findings: every number that a page shows, before any of it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lorastack.adapter import LoadedLora
+from lorastack.algebra.combine import EXACT
+from lorastack.algebra.compare import INTRUDERS, Comparison, compare
+from lorastack.algebra.cut import Loss, overall, relative_errors
+from lorastack.algebra.lowrank import flat_shape, matrices, svd
+from lorastack.base import BaseModel, open_base
+from lorastack.base.names import lora_of_adapter
+from lorastack.errors import ArgumentError
+from lorastack.inspect import Inspection, inspect
+from lorastack.recipe import Recipe
+from lorastack.report.places import Grid, grid
+from lorastack.stack import LoraStack
+
+#: The ranks that a bake is foretold at.
+RANKS = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class BakeLoss:
+    """What a bake at one rank would lose; the rank is the most that a weight gets, ``parameters`` those of the file."""
+
+    rank: int
+    error: float
+    worst: str
+    worst_error: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that is known of a stack: each adapter, the pairs, the losses, how to make it again.
+
+    Attributes
+    ----------
+    bakes
+        The losses at `RANKS`.
+    curve
+        The relative error at every rank from 0 up to ``exact``.
+    exact
+        The rank from which on nothing is lost that float32 could tell.
+    """
+
+    adapters: tuple[Inspection, ...]
+    comparison: Comparison
+    grid: Grid
+    bakes: tuple[BakeLoss, ...]
+    curve: tuple[float, ...]
+    exact: int
+    base: str | None
+    recipe: str
+
+
+def find(
+    stack: LoraStack,
+    base: BaseModel | str | Path | None = None,
+    intruders: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Findings:
+    """Measure everything. ``progress`` hears of each weight twice: when compared and when cut."""
+    base = base if isinstance(base, BaseModel) or base is None else open_base(base)
+    stack = _by_name(stack, base)
+    total, done = 2 * len(stack.weights), 0
+
+    def step(count: int = 1) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
+    found = compare(stack, base, intruders=INTRUDERS if intruders else None, progress=step)
+    curve, bakes, exact = _losses(stack, step)
+    return Findings(
+        adapters=tuple(inspect(lora) for lora, _ in stack.entries),
+        comparison=found,
+        grid=grid(found.weights),
+        bakes=bakes,
+        curve=curve,
+        exact=exact,
+        # Of a folder only its name: where it lies on this machine is nobody else's business.
+        base=None if base is None else Path(base.name).name if Path(base.name).exists() else base.name,
+        recipe=Recipe.of_lora(LoadedLora("report", {}, origin=stack.entries)).to_toml(),
+    )
+
+
+def _by_name(stack: LoraStack, base: BaseModel | None) -> LoraStack:
+    """The stack with the adapters of its second list by weight name too."""
+    if stack.is_empty():
+        raise ArgumentError("the stack is empty, so there is nothing to report; push an adapter first")
+    if not stack.adapters:
+        return stack
+    if base is None:
+        raise ArgumentError(
+            f"{len(stack.adapters)} adapters are known by (target module, layer) only; give the base, "
+            "whose weight names they get"
+        )
+    twin = LoraStack()
+    for lora, scale in stack.entries:
+        twin.push(lora, scale)
+    for n, adapter in enumerate(stack.adapters, len(stack)):
+        twin.push(lora_of_adapter(adapter, base, stack.naming, f"adapter{n}"))
+    return twin
+
+
+def _losses(stack: LoraStack, step: Callable[[], None]) -> tuple[tuple[float, ...], tuple[BakeLoss, ...], int]:
+    errors: dict[str, np.ndarray] = {}
+    norms: dict[str, float] = {}
+    shapes: dict[str, tuple[int, int, int]] = {}
+    for weight in stack.weights:
+        terms = list(stack.terms(weight))
+        errors[weight], norms[weight] = relative_errors([svd(matrix) for matrix in matrices(terms)])
+        shapes[weight] = flat_shape(terms[0][1])
+        step()
+    exact = max(EXACT.rank(one) for one in errors.values())
+
+    def loss(rank: int) -> BakeLoss:
+        at = {w: Loss(rank, norms[w], float(one[min(rank, len(one) - 1)])) for w, one in errors.items()}
+        worst = max(at, key=lambda weight: at[weight].error)
+        size = sum(n * min(rank, out, n_in) * (out + n_in) for n, out, n_in in shapes.values())
+        return BakeLoss(rank, overall(at), worst, at[worst].error, size)
+
+    curve = tuple(loss(rank).error for rank in range(exact + 1))
+    return curve, tuple(loss(rank) for rank in RANKS), exact

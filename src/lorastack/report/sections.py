@@ -1,0 +1,327 @@
+"""Sections: what a page says in words and tables, with the figures where they belong."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from lorastack.algebra.compare import MATTERS
+from lorastack.algebra.measure import AdapterMeasure
+from lorastack.inspect import Inspection
+from lorastack.report import figures
+from lorastack.report.findings import BakeLoss, Findings
+from lorastack.report.places import split
+from lorastack.report.words import few, number, of_cosine, of_error, of_overlap, percent
+
+#: So many adapters, pairs and weights are shown one by one; the page says when there are more.
+_MOST = 8
+
+_text = html.escape
+
+
+class Pair(NamedTuple):
+    """Two adapters by number, and how alike they are."""
+
+    i: int
+    j: int
+    cosine: float
+
+
+def sections(found: Findings) -> str:
+    """The body of the page."""
+    parts = [_summary(found), _adapters(found), _places(found), _spectra(found)]
+    if len(found.adapters) > 1:
+        parts += [_similarity(found), _conflicts(found)]
+    parts += [_bakes(found), _recipe(found)]
+    return "\n".join(parts)
+
+
+def _summary(found: Findings) -> str:
+    comparison, grid = found.comparison, found.grid
+    many = len(found.adapters)
+    layers = len([layer for layer in grid.layers if layer.isdigit()])
+    where = f"{len(comparison.weights)} weights" + (f" in {layers} layers" if layers else "")
+    said = [
+        f"{many} adapters change {where}" if many > 1 else f"One adapter changes {where}",
+        f" of {_text(found.base)}." if found.base else ".",
+    ]
+    if many > 1:
+        said.append(
+            f" Added at these scales, their sum has the norm {number(comparison.norm)}, "
+            f"{percent(comparison.total_pileup)} of what their norms add up to "
+            f"({percent(1 / math.sqrt(many))} if they were independent and alike)."
+        )
+        first = _pairs(found)[0]
+        both = f"{_name(found, first.i)} and {_name(found, first.j)}"
+        which = "" if many == 2 else "The pair that matters most: "
+        said.append(f" {which}{both} have a cosine of {number(first.cosine, 2)}: {of_cosine(first.cosine)}.")
+    bake = next((one for one in found.bakes if one.error < 0.01), None)
+    if bake and bake.error < 1e-6:
+        said.append(f" A bake into one adapter of rank {found.exact} loses nothing.")
+    elif bake:
+        said.append(f" A bake at rank {bake.rank} loses {percent(bake.error)} of it; rank {found.exact} loses nothing.")
+    else:
+        last = found.bakes[-1]
+        said.append(f" A bake at rank {last.rank} loses {percent(last.error)} of it; rank {found.exact} loses nothing.")
+    notes = [
+        f"{_name(found, n)}: not in any number here: {_text(line)}"
+        for n, one in enumerate(comparison.adapters)
+        for line in one.left_out
+    ]
+    notes += [
+        f"{_text(a)} and {_text(b)} are near duplicates (cosine {cosine:.4f}): one of them, scaled by "
+        f"{number(1 + ratio)}, does the same"
+        for a, b, cosine, ratio in comparison.near_duplicates
+    ]
+    return f'<p class="lead">{"".join(said)}</p>' + _list(notes)
+
+
+def _adapters(found: Findings) -> str:
+    columns = ["adapter", "scale", "format", "trained on", "rank", "alpha", "weights", "parameters", "norm"]
+    with_base = found.comparison.adapters[0].relative is not None
+    if with_base:
+        columns.append("share of the base's norm")
+    columns += ["directions used", "strongest at"]
+    searched = any(one.examined is not None for one in found.comparison.adapters)
+    if searched:
+        columns.append("intruders")
+    rows = [
+        _row(one, measured, with_base, searched)
+        for one, measured in zip(found.adapters, found.comparison.adapters, strict=True)
+    ]
+    said = (
+        "Norms are those of the update as added: scale · alpha/rank · B·A. Directions used are the effective rank, a "
+        "mean over the weights: far below the rank, the adapter could be smaller."
+    )
+    if with_base:
+        said += " The share of the base's norm says how large the change is against the weights it changes."
+    if searched:
+        said += (
+            " Intruders are leading directions of a changed weight that are none of the base's: with many of them an "
+            "adapter tends to forget more of what the base knew."
+        )
+    odd = [
+        f"{_text(measured.name)}: {_text(line)}"
+        for one, measured in zip(found.adapters, found.comparison.adapters, strict=True)
+        for line in one.odd
+        if line not in measured.left_out
+    ]
+    return _section("The adapters", said, _table(columns, rows), _list(odd))
+
+
+def _row(one: Inspection, measured: AdapterMeasure, with_base: bool, searched: bool) -> list[str]:
+    strongest = measured.strongest(1)
+    cells = [
+        measured.name,
+        f"{measured.scale:g}",
+        one.format,
+        one.base or one.architecture or "not said",
+        few(one.ranks),
+        "–" if one.alpha is None else f"{one.alpha:g}",
+        f"{one.weights}",
+        f"{one.parameters:,}",
+        number(measured.norm),
+    ]
+    if with_base:
+        cells.append(percent(measured.relative))
+    cells += [number(measured.effective_rank, 2), _short(strongest[0].name) if strongest else "–"]
+    if searched:
+        cells.append("–" if measured.examined is None else f"{measured.intruders} of {measured.examined}")
+    return cells
+
+
+def _places(found: Findings) -> str:
+    comparison, grid = found.comparison, found.grid
+    shown = _strongest(found)
+    relative = comparison.adapters[0].relative is not None
+    top = figures.norm_top([comparison.adapters[n] for n in shown], comparison.weights, grid)
+    drawn = [
+        _figure(_name(found, n), figures.norms(comparison.adapters[n], comparison.weights, grid, top)) for n in shown
+    ]
+    what = "as a share of the norm of the base's weight" if relative else "its Frobenius norm, at its scale"
+    said = f"The size of the update at each module and layer, {what}; one colour scale for all."
+    return _section(
+        "Where they change the model", said + " Empty places are not touched." + _more(found, len(shown)), _grid(drawn)
+    )
+
+
+def _spectra(found: Findings) -> str:
+    shown = _strongest(found)
+    drawn = [
+        _figure(_name(found, n), figures.spectrum(found.comparison.adapters[n], found.comparison.weights, found.grid))
+        for n in shown
+    ]
+    said = (
+        "The singular values of the updates, the largest first, on a logarithmic scale; the root mean square over the "
+        "layers. A line that falls steeply uses few directions and loses little at a lower rank; a flat one needs "
+        "all it has."
+    )
+    return _section("Spectra", said + _more(found, len(shown)), _grid(drawn))
+
+
+def _similarity(found: Findings) -> str:
+    comparison = found.comparison
+    pairs = _pairs(found)
+    rows = []
+    for i, j, cosine in pairs[:_MOST]:
+        rows.append(
+            [
+                f"{comparison.names[i]} + {comparison.names[j]}",
+                number(cosine, 2),
+                of_cosine(cosine),
+                percent(comparison.pileup[i, j]),
+                of_overlap(comparison.in_overlap[i, j], comparison.in_chance[i, j]),
+                of_overlap(comparison.out_overlap[i, j], comparison.out_chance[i, j]),
+                percent(comparison.sign_conflict[i, j]),
+            ]
+        )
+    columns = ["pair", "cosine", "in words", "norm kept", "read the same", "write the same", "signs differ"]
+    said = (
+        "The cosine of two updates: 1 is the same direction, 0 is independent, −1 is the opposite. Adapters may share "
+        "spaces (read the same inputs, write to the same outputs) and still be independent."
+    )
+    if len(pairs) > _MOST:
+        said += f" The {_MOST} pairs of {len(pairs)} with the largest cosines are listed."
+    legend = (
+        "Norm kept: the norm of the sum over the sum of the norms; 71 % when independent and alike, less where they "
+        "cancel. Signs differ: of the entries that both change; independent updates have 50 %."
+    )
+    if not comparison.signs_exact:
+        legend += f" Signs were compared at {comparison.sign_entries:,} entries."
+    matrix = f'<div class="narrow">{_figure("Cosine", figures.similarity(comparison))}</div>'
+    return _section("How alike they are", said, matrix, _table(columns, rows), f'<p class="soft">{legend}</p>')
+
+
+def _conflicts(found: Findings) -> str:
+    comparison, grid = found.comparison, found.grid
+    by_weight = comparison.by_weight
+    title = "Where they conflict"
+    if by_weight is None:
+        return _section(title, "With so many adapters, pairs are compared over all weights only.")
+    cancelling = sorted(
+        (float(by_weight.cosine[n, i, j]), weight, i, j)
+        for n, weight in enumerate(comparison.weights)
+        for i, j in combinations(range(len(found.adapters)), 2)
+        if by_weight.cosine[n, i, j] < -MATTERS
+    )
+    at = {weight: n for n, weight in enumerate(comparison.weights)}
+    rows = [
+        [
+            weight,
+            f"{comparison.names[i]} + {comparison.names[j]}",
+            number(cosine, 2),
+            of_cosine(cosine),
+            percent(by_weight.pileup[at[weight], i, j]),
+            percent(by_weight.sign_conflict[at[weight], i, j]),
+        ]
+        for cosine, weight, i, j in cancelling[:_MOST]
+    ]
+    several = len(found.adapters) > 2
+    if not cancelling:
+        said = f"No weight has a cosine below −{MATTERS}: nothing cancels."
+    else:
+        said = f"{len(cancelling)} {'updates of pairs' if several else 'weights'} have a cosine below −{MATTERS}"
+        said += f"; the {_MOST} worst are listed." if len(cancelling) > _MOST else "."
+    pairs = [pair for pair in _pairs(found) if math.isfinite(pair.cosine)]
+    numbers = [by_weight.cosine[:, i, j] for i, j, _ in pairs[:_MOST]]
+    # One scale for all; not narrower than what is worth a look, so that noise does not glow.
+    top = max([0.3, *(float(abs(c)) for one in numbers for c in one if math.isfinite(c))])
+    drawn = [
+        _figure(f"{_name(found, i)} and {_name(found, j)}", figures.cosines(one, grid, top))
+        for (i, j, _), one in zip(pairs, numbers, strict=False)
+    ]
+    if len(pairs) > _MOST:
+        said += f" The {_MOST} most alike or most opposed pairs of {len(pairs)} are shown."
+    columns = ["weight", "pair", "cosine", "in words", "norm kept", "signs differ"]
+    said = f"The cosine at each module and layer: blue piles up, red cancels. {said}"
+    return _section(title, said, _grid(drawn), _table(columns, rows) if rows else "")
+
+
+def _bakes(found: Findings) -> str:
+    def cells(bake: BakeLoss) -> list[str]:
+        if bake.error < 1e-6:
+            return [f"rank {bake.rank}", "0 %", of_error(0.0), "–", f"{bake.parameters:,}"]
+        worst = f"{percent(bake.worst_error)} at {bake.worst}"
+        return [f"rank {bake.rank}", percent(bake.error), of_error(bake.error), worst, f"{bake.parameters:,}"]
+
+    columns = ["bake at", "relative error", "in words", "worst weight", "parameters"]
+    whole = "the sum" if len(found.adapters) > 1 else "the adapter"
+    said = (
+        f"The norm of the difference between {whole} and its best approximation at a rank, over the norm of {whole}. "
+        f"Every weight gets that rank. From rank {found.exact} on nothing is lost."
+    )
+    curve = f'<div class="narrow">{_figure("Relative error", figures.losses(found))}</div>'
+    return _section("What a bake would lose", said, curve, _table(columns, [cells(bake) for bake in found.bakes]))
+
+
+def _recipe(found: Findings) -> str:
+    said = (
+        "The recipe: save it as <code>recipe.toml</code>; every <code>lorastack</code> command takes it as an adapter, "
+        "and refuses files that are not these."
+    )
+    text = f"<details><summary>Recipe (TOML)</summary><pre>{_text(found.recipe)}</pre></details>"
+    return _section("How to make it", said, text)
+
+
+def _short(weight: str) -> str:
+    """Where a weight is: its name is long, and its beginning the same for all."""
+    _, layer, module = split(weight)
+    return module if layer is None else f"{module}, layer {layer}"
+
+
+def _pairs(found: Findings) -> list[Pair]:
+    """Every pair, those that matter most first."""
+    cosine = found.comparison.cosine
+    pairs = [Pair(i, j, float(cosine[i, j])) for i, j in combinations(range(len(found.adapters)), 2)]
+    return sorted(pairs, key=lambda pair: -abs(pair.cosine) if math.isfinite(pair.cosine) else 1.0)
+
+
+def _strongest(found: Findings) -> list[int]:
+    """The adapters that are drawn one by one, in the stack's order."""
+    adapters = found.comparison.adapters
+    return sorted(sorted(range(len(adapters)), key=lambda n: -adapters[n].norm)[:_MOST])
+
+
+def _more(found: Findings, shown: int) -> str:
+    return f" The {shown} strongest of {len(found.adapters)} are shown." if shown < len(found.adapters) else ""
+
+
+def _name(found: Findings, n: int) -> str:
+    return _text(found.comparison.names[n])
+
+
+def _figure(title: str, figure: Any) -> str:
+    # In a script element only "</" and "<!--" could end or hide it; JSON may write any "<" as an escape.
+    data = figure.to_json().replace("<", "\\u003c")
+    height = figure.layout.height
+    return (
+        f'<figure><h3>{title}</h3><div class="plot" style="height:{height}px"></div>'
+        f'<script type="application/json" class="figure">{data}</script></figure>'
+    )
+
+
+def _section(title: str, said: str, *parts: str) -> str:
+    return f'<section><h2>{title}</h2><p class="soft">{said}</p>{"".join(parts)}</section>'
+
+
+def _grid(drawn: Iterable[str]) -> str:
+    return f'<div class="grid">{"".join(drawn)}</div>'
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def cells(row: Sequence[str]) -> Iterator[str]:
+        yield f'<th scope="row">{_text(row[0])}</th>'
+        for column, cell in zip(columns[1:], row[1:], strict=True):
+            yield f'<td data-label="{_text(column)}">{_text(cell)}</td>'
+
+    head = "".join(f'<th scope="col">{_text(column)}</th>' for column in columns)
+    body = "".join(f"<tr>{''.join(cells(row))}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _list(lines: Sequence[str]) -> str:
+    """Lines that are HTML already."""
+    return f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>" if lines else ""
