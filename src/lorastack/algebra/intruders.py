@@ -29,8 +29,9 @@ from lorastack.files import whole_output
 _NOTHING = 1e-6
 #: Up to this size a symmetric matrix is decomposed as it is.
 _SMALL = 512
-_ROUNDS = 40
-_SETTLED = 1e-9
+_ROUNDS = 20
+_DEPTH = 6
+_SETTLED = 1e-6
 _ROUNDING = 1e-6
 #: Weights with more elements are worked on in float32.
 _LARGE = 1 << 21
@@ -148,21 +149,30 @@ def _leading(squares: np.ndarray, p: np.ndarray, q: np.ndarray, count: int) -> t
         return squares[:, None] * x + p @ along + q @ (p.T @ x + along)
 
     start = 2 * count + 2 * q.shape[1]
-    if size <= max(_SMALL, 3 * start):
-        values, vectors = np.linalg.eigh(times(np.eye(size)))
-        return values[::-1][:count], vectors[:, ::-1][:, :count]
+    if size <= max(_SMALL, (_DEPTH + 1) * start):
+        return _whole(times(np.eye(size)), count)
     # Block Krylov with restarts. The wanted vectors lie mostly among the base's first and what the update adds.
     space, _ = np.linalg.qr(np.concatenate([np.eye(size, 2 * count), q, p], 1))
     for _ in range(_ROUNDS):
-        space, _ = np.linalg.qr(np.concatenate([space, times(space)], 1))
+        for _ in range(_DEPTH):
+            # The newest columns alone go on: those before have been multiplied already.
+            newest = times(space[:, -start:])
+            for _ in range(2):  # once would leave the rounding of what is taken away
+                newest, _ = np.linalg.qr(newest - space @ (space.T @ newest))
+            space = np.concatenate([space, newest], 1)
         image = times(space)
         values, turn = np.linalg.eigh(space.T @ image)
         turn = turn[:, ::-1][:, :start]
         values, space, image = values[::-1][:start], space @ turn, image @ turn
         rest = np.linalg.norm(image[:, :count] - space[:, :count] * values[:count], axis=0)
         if np.all(rest <= _SETTLED * values[0]):
-            break
-    return values[:count], space[:, :count]
+            return values[:count], space[:, :count]
+    return _whole(times(np.eye(size)), count)
+
+
+def _whole(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    values, vectors = np.linalg.eigh(matrix)
+    return values[::-1][:count], vectors[:, ::-1][:, :count]
 
 
 def _key(file: Path, name: str, number: int, shape: tuple[int, ...]) -> str:
