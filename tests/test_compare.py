@@ -250,6 +250,18 @@ def test_bad_input_is_one_error_that_lists_everything() -> None:
         compare(LoraStack([(x, 1)]), names=["a", "b"])
 
 
+def test_adapters_known_by_target_and_layer_count_when_the_base_names_their_weights(demo: Path) -> None:
+    lora = load(demo / "luna")
+    stack = LoraStack([(lora, 1.0)])
+    stack.push_adapter(lora)
+    with pytest.raises(ArgumentError, match="1 adapters are known by"):
+        compare(stack)
+    found = compare(stack, demo / "base", intruders=None)
+    assert found.names == ("luna", "adapter1")
+    assert found.cosine[0, 1] == pytest.approx(1)
+    assert found.adapters[1].norm == pytest.approx(found.adapters[0].norm)
+
+
 @pytest.mark.parametrize("allow", [False, True])
 def test_nan_is_an_error_that_lists_each(allow: bool) -> None:
     nan = np.full((4, 1), np.nan, np.float32)
