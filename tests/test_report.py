@@ -22,7 +22,7 @@ from lorastack.recipe import Recipe
 from lorastack.report import report
 from lorastack.report.findings import find
 from lorastack.report.places import NO_LAYER, grid, split
-from lorastack.report.words import number, percent
+from lorastack.report.words import cosine, number, percent
 from tests.conftest import lacking
 from tests.updates import adapter, linear
 
@@ -84,7 +84,7 @@ def test_the_numbers_are_compares(stack: LoraStack, demo: Path, tmp_path: Path) 
             (weight,) = at.cells[module, layer]
             assert conflict["z"][m][n] == pytest.approx(found.by_weight.cosine[weight, 0, 1])
     for shown in (
-        number(float(found.cosine[0, 1]), 2),
+        cosine(float(found.cosine[0, 1])),
         percent(found.pileup[0, 1]),
         percent(found.sign_conflict[0, 1]),
     ):
@@ -140,7 +140,7 @@ def test_what_is_said_in_words(tmp_path: Path) -> None:
     w, other = linear(rng, 9, 8, 2), linear(rng, 9, 8, 2)
     stack = LoraStack([(adapter("a", w=w), 1.0), (adapter("b", w=w), -0.9), (adapter("c", v=other), 1.0)])
     text = html.unescape(report(stack, tmp_path / "words.html").read_text())
-    assert "a and b have a cosine of -1: one undoes the other" in text
+    assert "a and b have a cosine of −1.00: one undoes the other. Weight by weight, they cancel at 1 of 2." in text
     assert "1 updates of pairs have a cosine below −0.1" in text
     assert "independent: each does what it does alone" in text
     twins = LoraStack([(adapter("a", w=w), 1.0), (adapter("b", w=w), 0.5)])
@@ -163,7 +163,8 @@ def test_the_recipe_makes_the_stack_again(stack: LoraStack, tmp_path: Path) -> N
     text = report(stack, tmp_path / "report.html").read_text()
     match = re.search(r"<pre>(.*?)</pre>", text, re.DOTALL)
     assert match
-    again = Recipe.parse(html.unescape(match[1]), "page").stack()
+    assert not re.search(r"source = \"/", match[1])
+    again = Recipe.parse(html.unescape(match[1]), "page", tmp_path).stack()
     assert again.names == stack.names
     assert [scale for _, scale in again.entries] == [0.7, 0.3]
 

@@ -68,7 +68,7 @@ def report(
     from lorastack.report.findings import find
     from lorastack.report.page import page
 
-    text = page(find(stack, base, intruders, progress))
+    text = page(find(stack, base, intruders, progress, path.parent))
     with whole_output(path, force) as scratch:
         scratch.write_text(text, "utf-8")
     return path

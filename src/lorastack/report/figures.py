@@ -13,7 +13,7 @@ from lorastack.algebra.compare import Comparison
 from lorastack.algebra.measure import AdapterMeasure
 from lorastack.errors import require
 from lorastack.report.findings import Findings
-from lorastack.report.places import Grid
+from lorastack.report.places import NO_LAYER, Grid
 
 go: Any = require("plotly.graph_objects", "report")
 
@@ -94,7 +94,7 @@ def similarity(found: Comparison) -> Any:
     # By number, since two names may look alike once shortened.
     ticks = {"tickvals": list(range(len(names))), "ticktext": names}
     figure = _figure(heat, max(240, 90 + 26 * len(names)))
-    figure.update_xaxes(**ticks, tickangle=0 if len(names) <= 3 else -45)
+    figure.update_xaxes(**ticks, tickangle=0 if len(names) * max(map(len, names)) <= 24 else -40)
     figure.update_yaxes(**ticks, autorange="reversed")
     return figure
 
@@ -126,8 +126,10 @@ def spectrum(one: AdapterMeasure, names: Sequence[str], grid: Grid) -> Any:
             )
         )
     figure = _figure(lines, 300, legend={"orientation": "h", "y": -0.15, "yanchor": "top"})
-    figure.update_xaxes(rangemode="tozero", tickformat="d")
-    figure.update_yaxes(type="log", exponentformat="power")
+    figure.update_xaxes(tickvals=_ticks(1, max([len(line.y) for line in lines], default=1)))
+    known = [y for line in lines for y in line.y if y > 0]
+    marks = _decades(min(known), max(known)) if known else []
+    figure.update_yaxes(type="log", tickvals=marks, ticktext=[f"{mark:g}" for mark in marks])
     return figure
 
 
@@ -171,23 +173,41 @@ def _cells(
     names = [label(module, 26) for module in grid.modules]
     heat = go.Heatmap(
         z=z,
-        x=grid.layers,
+        x=list(range(len(grid.layers))),
         y=list(range(len(z))),
-        customdata=[[module] * len(grid.layers) for module in names],
+        customdata=[[f"layer {layer}, {module}" for layer in grid.layers] for module in names],
         zmin=low,
         zmax=high,
         xgap=1,
         ygap=1,
         meta=colours,
         texttemplate=shown.replace(".2%", ".1%") if len(grid.layers) <= _ROOM else None,
-        hovertemplate="layer %{x}, %{customdata}: " + shown + "<extra></extra>",
+        hovertemplate="%{customdata}: " + shown + "<extra></extra>",
         colorbar=_bar(ticks),
     )
-    figure = _figure(heat, 90 + max(24 * len(names), 60))
-    figure.update_xaxes(type="category", title="layer", showgrid=False)
+    figure = _figure(heat, 90 + max(24 * len(names), 80))
+    last = len(grid.layers) - 1
+    columns = _ticks(0, last)
+    if grid.layers[last] == NO_LAYER:
+        columns = [*(n for n in columns if n < last - last // 10), last]
+    figure.update_xaxes(
+        tickvals=columns, ticktext=[grid.layers[n] for n in columns], tickangle=0, title="layer", showgrid=False
+    )
     # By number, since two long names may look alike once shortened.
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, autorange="reversed", showgrid=False)
     return figure
+
+
+def _ticks(first: int, last: int) -> list[int]:
+    """Whole numbers to mark, at most nine so that a phone has room."""
+    step = next(one for one in (1, 2, 4, 5, 10, 20, 25, 50, 100, 250, 1000, 10000) if (last - first) // one <= 8)
+    return sorted({first, *range(0 if first == 0 else step, last + 1, step)})
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, ... around what is shown; whole powers only where there are many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [float(f"{digit}e{power}") for power in powers for digit in ((1, 2, 5) if len(powers) <= 4 else (1,))]
 
 
 def _bar(ticks: str = "") -> dict[str, Any]:

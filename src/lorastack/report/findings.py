@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +66,12 @@ def find(
     base: BaseModel | str | Path | None = None,
     intruders: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    folder: Path | None = None,
 ) -> Findings:
-    """Measure everything. ``progress`` hears of each weight twice: when compared and when cut."""
+    """Measure everything. ``progress`` hears of each weight twice: when compared and when cut.
+
+    The recipe's paths are as seen from ``folder``.
+    """
     base = base if isinstance(base, BaseModel) or base is None else open_base(base)
     stack = _by_name(stack, base)
     total, done = 2 * len(stack.weights), 0
@@ -88,8 +93,22 @@ def find(
         exact=exact,
         # Of a folder only its name: where it lies on this machine is nobody else's business.
         base=None if base is None else Path(base.name).name if Path(base.name).exists() else base.name,
-        recipe=Recipe.of_lora(LoadedLora("report", {}, origin=stack.entries)).to_toml(),
+        recipe=_seen_from(Recipe.of_lora(LoadedLora("report", {}, origin=stack.entries)), folder).to_toml(),
     )
+
+
+def _seen_from(recipe: Recipe, folder: Path | None) -> Recipe:
+    """With paths relative to the page's folder: it moves along with them, and tells nothing of this machine."""
+
+    def located(source: str) -> str:
+        if folder is None or not Path(source).exists():
+            return source  # a hub id, or made in memory
+        try:
+            return Path(os.path.relpath(Path(source).resolve(), folder.resolve())).as_posix()
+        except ValueError:  # another drive
+            return source
+
+    return replace(recipe, ingredients=tuple(replace(one, source=located(one.source)) for one in recipe.ingredients))
 
 
 def _by_name(stack: LoraStack, base: BaseModel | None) -> LoraStack:

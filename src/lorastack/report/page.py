@@ -58,7 +58,7 @@ pre { overflow-x: auto; padding: .8rem; background: var(--card); border-radius: 
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   .grid { display: block; }
   figure { border: 1px solid var(--line); margin: 0 0 .8rem; }
-  figure, tr, pre { break-inside: avoid; }
+  figure, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
 }
 """

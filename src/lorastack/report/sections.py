@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from lorastack.algebra.compare import MATTERS
 from lorastack.algebra.measure import AdapterMeasure
 from lorastack.inspect import Inspection
-from lorastack.report import figures
+from lorastack.report import figures, words
 from lorastack.report.findings import BakeLoss, Findings
 from lorastack.report.places import split
 from lorastack.report.words import few, number, of_cosine, of_error, of_overlap, percent
@@ -57,7 +58,8 @@ def _summary(found: Findings) -> str:
         first = _pairs(found)[0]
         both = f"{_name(found, first.i)} and {_name(found, first.j)}"
         which = "" if many == 2 else "The pair that matters most: "
-        said.append(f" {which}{both} have a cosine of {number(first.cosine, 2)}: {of_cosine(first.cosine)}.")
+        said.append(f" {which}{both} have a cosine of {words.cosine(first.cosine)}: {of_cosine(first.cosine)}.")
+        said.append(_by_weight(found, first))
     bake = next((one for one in found.bakes if one.error < 0.01), None)
     if bake and bake.error < 1e-6:
         said.append(f" A bake into one adapter of rank {found.exact} loses nothing.")
@@ -79,11 +81,21 @@ def _summary(found: Findings) -> str:
     return f'<p class="lead">{"".join(said)}</p>' + _list(notes)
 
 
+def _by_weight(found: Findings, pair: Pair) -> str:
+    """What the one number of a pair hides: it can be 0 where half of the weights cancel and half pile up."""
+    if found.comparison.by_weight is None:
+        return ""
+    cosines = found.comparison.by_weight.cosine[:, pair.i, pair.j]
+    down, up = int((cosines < -MATTERS).sum()), int((cosines > MATTERS).sum())
+    parts = [f"cancel at {down}"] * bool(down) + [f"pile up at {up}"] * bool(up)
+    return f" Weight by weight, they {' and '.join(parts)} of {len(cosines)}." if parts else ""
+
+
 def _adapters(found: Findings) -> str:
     columns = ["adapter", "scale", "format", "trained on", "rank", "alpha", "weights", "parameters", "norm"]
     with_base = found.comparison.adapters[0].relative is not None
     if with_base:
-        columns.append("share of the base's norm")
+        columns.append("share of base")
     columns += ["directions used", "strongest at"]
     searched = any(one.examined is not None for one in found.comparison.adapters)
     if searched:
@@ -97,7 +109,7 @@ def _adapters(found: Findings) -> str:
         "mean over the weights: far below the rank, the adapter could be smaller."
     )
     if with_base:
-        said += " The share of the base's norm says how large the change is against the weights it changes."
+        said += " The share of base is the norm over that of the base's weights which it changes."
     if searched:
         said += (
             " Intruders are leading directions of a changed weight that are none of the base's: with many of them an "
@@ -118,7 +130,7 @@ def _row(one: Inspection, measured: AdapterMeasure, with_base: bool, searched: b
         measured.name,
         f"{measured.scale:g}",
         one.format,
-        one.base or one.architecture or "not said",
+        _base(one),
         few(one.ranks),
         "–" if one.alpha is None else f"{one.alpha:g}",
         f"{one.weights}",
@@ -131,6 +143,12 @@ def _row(one: Inspection, measured: AdapterMeasure, with_base: bool, searched: b
     if searched:
         cells.append("–" if measured.examined is None else f"{measured.intruders} of {measured.examined}")
     return cells
+
+
+def _base(one: Inspection) -> str:
+    """What an adapter says it was trained on; of a folder only its name."""
+    named = one.base or one.architecture or "not said"
+    return re.split(r"[/\\]", named)[-1] if re.match(r"/|\\.|[A-Za-z]:", named) else named
 
 
 def _places(found: Findings) -> str:
@@ -170,7 +188,7 @@ def _similarity(found: Findings) -> str:
         rows.append(
             [
                 f"{comparison.names[i]} + {comparison.names[j]}",
-                number(cosine, 2),
+                words.cosine(cosine),
                 of_cosine(cosine),
                 percent(comparison.pileup[i, j]),
                 of_overlap(comparison.in_overlap[i, j], comparison.in_chance[i, j]),
@@ -178,7 +196,7 @@ def _similarity(found: Findings) -> str:
                 percent(comparison.sign_conflict[i, j]),
             ]
         )
-    columns = ["pair", "cosine", "in words", "norm kept", "read the same", "write the same", "signs differ"]
+    columns = ["pair", "cosine", "in words", "norm kept", "reads alike", "writes alike", "signs differ"]
     said = (
         "The cosine of two updates: 1 is the same direction, 0 is independent, −1 is the opposite. Adapters may share "
         "spaces (read the same inputs, write to the same outputs) and still be independent."
@@ -212,7 +230,7 @@ def _conflicts(found: Findings) -> str:
         [
             weight,
             f"{comparison.names[i]} + {comparison.names[j]}",
-            number(cosine, 2),
+            words.cosine(cosine),
             of_cosine(cosine),
             percent(by_weight.pileup[at[weight], i, j]),
             percent(by_weight.sign_conflict[at[weight], i, j]),

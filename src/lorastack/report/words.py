@@ -27,6 +27,15 @@ def of_cosine(cosine: float) -> str:
     return "independent: each does what it does alone"
 
 
+def cosine(value: float) -> str:
+    """Two decimals, with a true minus.
+
+    >>> cosine(0.934), cosine(-0.5), cosine(-0.001), cosine(float("nan"))
+    ('0.93', '−0.50', '0.00', '–')
+    """
+    return "–" if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+
+
 def of_overlap(overlap: float, chance: float) -> str:
     """A shared part of two spaces, against what chance gives: ``0.21 (chance 0.12)``.
 
