@@ -24,7 +24,7 @@ from lorastack.report.findings import find
 from lorastack.report.places import NO_LAYER, grid, split
 from lorastack.report.words import cosine, number, percent
 from tests.conftest import lacking
-from tests.updates import adapter, linear
+from tests.updates import SHAPES, adapter, linear, update
 
 HOSTILE = "<script>alert(1)</script><!-- \"'&</title><img src=https://example.invalid/x onerror=alert(2)>"
 
@@ -141,7 +141,7 @@ def test_what_is_said_in_words(tmp_path: Path) -> None:
     stack = LoraStack([(adapter("a", w=w), 1.0), (adapter("b", w=w), -0.9), (adapter("c", v=other), 1.0)])
     text = html.unescape(report(stack, tmp_path / "words.html").read_text())
     assert "a and b have a cosine of −1.00: one undoes the other. Weight by weight, they cancel at 1 of 2." in text
-    assert "1 updates of pairs have a cosine below −0.1" in text
+    assert "One weight has a cosine below −0.1." in text
     assert "independent: each does what it does alone" in text
     twins = LoraStack([(adapter("a", w=w), 1.0), (adapter("b", w=w), 0.5)])
     text = report(twins, tmp_path / "twins.html").read_text()
@@ -157,6 +157,7 @@ def test_what_is_left_out_is_named_once(shared: Path, tmp_path: Path) -> None:
     text = report(stack, tmp_path / "dora.html").read_text()
     assert len(re.findall(r"excited-dora: not in any number here: \d+ dora", text)) == 1
     assert len(re.findall(r"\d+ dora: ", text)) == 1
+    assert "--drop-extras" in text
 
 
 def test_the_recipe_makes_the_stack_again(stack: LoraStack, tmp_path: Path) -> None:
@@ -177,6 +178,16 @@ def test_many_adapters_are_cut_with_a_word(tmp_path: Path) -> None:
     assert "The 8 pairs of 45" in text
     many = LoraStack([(adapter(f"n{n}", w=linear(rng, 9, 8, 1)), 1.0) for n in range(33)])
     assert "With so many adapters" in report(many, tmp_path / "many.html", force=True).read_text()
+
+
+def test_every_kind_of_update_and_none_at_all(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    one, two = (adapter(name, **{kind: update(rng, kind) for kind in SHAPES}) for name in "ab")
+    text = report(LoraStack([(one, 1.0), (two, -2.0)]), tmp_path / "kinds.html").read_text()
+    assert figures(text)["a"][0]["layout"]["yaxis"]["ticktext"] == list(SHAPES)
+    text = report(LoraStack([(one, 0.0), (two, 0.0)]), tmp_path / "nothing.html").read_text()
+    assert "one of them changes nothing" in text
+    assert "loses nothing" in text
 
 
 def test_the_grid_has_rows_for_what_is_in_no_layer() -> None:

@@ -56,4 +56,6 @@ def report(
     stack = recipe.stack(base=model, ignore=ignore or ())
     with step_bar("measuring") as step:
         write(stack, output, model, force, intruders=intruders, progress=step)
-    typer.echo(f"{output}: {len(stack)} adapters, {output.stat().st_size / 2**20:.1f} MiB")
+    typer.echo(
+        f"{output}: {len(stack)} adapter{'s' if len(stack) != 1 else ''}, {output.stat().st_size / 2**20:.1f} MiB"
+    )

@@ -17,10 +17,11 @@ from lorastack.report.places import NO_LAYER, Grid
 
 go: Any = require("plotly.graph_objects", "report")
 
-#: In cells there is room for numbers while there are no more columns than these, on a phone too.
-_ROOM = 8
-#: Hues that tell apart also for colour-blind eyes, on white and on black (Okabe and Ito, black and yellow left out).
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+#: In cells there is room for numbers while there are no more columns than these; the page's script takes them out where
+#: it is narrow.
+_ROOM = 12
+#: Hues that tell apart also for colour-blind eyes, on white and on black (after Okabe and Ito).
+COLOURS = ("#2B83C6", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 
 def label(name: str, most: int = 22) -> str:
@@ -125,7 +126,7 @@ def spectrum(one: AdapterMeasure, names: Sequence[str], grid: Grid) -> Any:
                 hovertemplate="%{x}: %{y:.3g}",
             )
         )
-    figure = _figure(lines, 300, legend={"orientation": "h", "y": -0.15, "yanchor": "top"})
+    figure = _figure(lines, 300, showlegend=True, legend={"orientation": "h", "y": -0.15, "yanchor": "top"})
     figure.update_xaxes(tickvals=_ticks(1, max([len(line.y) for line in lines], default=1)))
     known = [y for line in lines for y in line.y if y > 0]
     marks = _decades(min(known), max(known)) if known else []
@@ -143,7 +144,7 @@ def losses(found: Findings) -> Any:
         line={"color": COLOURS[0]},
         hovertemplate="rank %{x}: %{y:.2%}<extra></extra>",
     )
-    usual = [bake for bake in found.bakes if bake.rank < len(found.curve)]
+    usual = [bake for bake in found.bakes if bake.rank < found.exact]
     marks = go.Scatter(
         x=[bake.rank for bake in usual],
         y=[bake.error for bake in usual],
@@ -156,7 +157,7 @@ def losses(found: Findings) -> Any:
         hovertemplate="rank %{x}: %{y:.2%}<extra></extra>",
     )
     figure = _figure([line, marks], 300, showlegend=False)
-    figure.update_xaxes(title="rank", rangemode="tozero")
+    figure.update_xaxes(title="rank", range=[0, 1.1 * found.exact], tickvals=_ticks(0, found.exact))
     figure.update_yaxes(title="relative error", tickformat=".0%", rangemode="tozero")
     return figure
 
@@ -201,7 +202,7 @@ def _cells(
 def _ticks(first: int, last: int) -> list[int]:
     """Whole numbers to mark, at most nine so that a phone has room."""
     step = next(one for one in (1, 2, 4, 5, 10, 20, 25, 50, 100, 250, 1000, 10000) if (last - first) // one <= 8)
-    return sorted({first, *range(0 if first == 0 else step, last + 1, step)})
+    return [first, *(n for n in range(step, last + 1, step) if n - first > step / 2)]
 
 
 def _decades(low: float, high: float) -> list[float]:

@@ -83,7 +83,9 @@ _SCRIPT = """
     const ink = night ? "#e6e8eb" : "#1c1e21", line = night ? "#343942" : "#d9dce1";
     for (const { data, layout, place } of figures) {
       const traces = data.map((trace) => (trace.meta in scales(night)
-        ? { ...trace, colorscale: scales(night)[trace.meta] } : trace));
+        ? { ...trace, colorscale: scales(night)[trace.meta],
+            texttemplate: (width ?? place.clientWidth) < 130 + 40 * trace.x.length ? "" : trace.texttemplate }
+        : trace));
       const axis = { gridcolor: line, linecolor: line, tickcolor: line };
       Plotly.react(place, traces, {
         ...layout,
@@ -113,7 +115,7 @@ _SCRIPT = """
 
 def page(found: Findings) -> str:
     """The whole report as HTML."""
-    names = " + ".join(f"{one.name} × {one.scale:g}" for one in found.comparison.adapters)
+    names = " + ".join(f"{one.name} × {one.scale:g}".replace("× -", "× −") for one in found.comparison.adapters)
     title = html.escape(names if len(names) < 120 else f"{len(found.adapters)} adapters")
     return f"""<!DOCTYPE html>
 <html lang="en">

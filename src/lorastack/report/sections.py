@@ -15,7 +15,7 @@ from lorastack.inspect import Inspection
 from lorastack.report import figures, words
 from lorastack.report.findings import BakeLoss, Findings
 from lorastack.report.places import split
-from lorastack.report.words import few, number, of_cosine, of_error, of_overlap, percent
+from lorastack.report.words import count, few, number, of_cosine, of_error, of_overlap, percent
 
 #: So many adapters, pairs and weights are shown one by one; the page says when there are more.
 _MOST = 8
@@ -44,7 +44,7 @@ def _summary(found: Findings) -> str:
     comparison, grid = found.comparison, found.grid
     many = len(found.adapters)
     layers = len([layer for layer in grid.layers if layer.isdigit()])
-    where = f"{len(comparison.weights)} weights" + (f" in {layers} layers" if layers else "")
+    where = count(len(comparison.weights), "weight") + (f" in {count(layers, 'layer')}" if layers else "")
     said = [
         f"{many} adapters change {where}" if many > 1 else f"One adapter changes {where}",
         f" of {_text(found.base)}." if found.base else ".",
@@ -241,7 +241,10 @@ def _conflicts(found: Findings) -> str:
     if not cancelling:
         said = f"No weight has a cosine below −{MATTERS}: nothing cancels."
     else:
-        said = f"{len(cancelling)} {'updates of pairs' if several else 'weights'} have a cosine below −{MATTERS}"
+        what = "weights, counted for each pair," if several else "weights"
+        said = f"{len(cancelling)} {what} have a cosine below −{MATTERS}"
+        if len(cancelling) == 1:
+            said = f"One weight has a cosine below −{MATTERS}"
         said += f"; the {_MOST} worst are listed." if len(cancelling) > _MOST else "."
     pairs = [pair for pair in _pairs(found) if math.isfinite(pair.cosine)]
     numbers = [by_weight.cosine[:, i, j] for i, j, _ in pairs[:_MOST]]
@@ -271,6 +274,10 @@ def _bakes(found: Findings) -> str:
         f"The norm of the difference between {whole} and its best approximation at a rank, over the norm of {whole}. "
         f"Every weight gets that rank. From rank {found.exact} on nothing is lost."
     )
+    if any(one.left_out for one in found.comparison.adapters):
+        said += (
+            " What is not low-rank is not in it: <code>bake</code> leaves it out only with <code>--drop-extras</code>."
+        )
     curve = f'<div class="narrow">{_figure("Relative error", figures.losses(found))}</div>'
     return _section("What a bake would lose", said, curve, _table(columns, [cells(bake) for bake in found.bakes]))
 

@@ -82,6 +82,15 @@ def percent(value: float | None) -> str:
     return f"{100 * value:.1f} %" if abs(value) >= 0.01 else f"{100 * value:.1g} %"
 
 
+def count(many: int, what: str) -> str:
+    """So many of something.
+
+    >>> count(1, "layer"), count(3, "layer")
+    ('1 layer', '3 layers')
+    """
+    return f"{many} {what}" if many == 1 else f"{many} {what}s"
+
+
 def few(values: list[int] | list[float], most: int = 6) -> str:
     """A list, or its ends where it is long.
 
@@ -89,12 +98,3 @@ def few(values: list[int] | list[float], most: int = 6) -> str:
     ('4, 8', '1 to 8')
     """
     return ", ".join(f"{v:g}" for v in values) if len(values) <= most else f"{values[0]:g} to {values[-1]:g}"
-
-
-def listed(names: list[str]) -> str:
-    """Names in a sentence.
-
-    >>> listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])
-    ('a', 'a and b', 'a, b and c')
-    """
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
