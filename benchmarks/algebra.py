@@ -21,6 +21,7 @@ import numpy as np
 
 from lorastack import LoadedLora, LoraStack
 from lorastack.algebra import lowrank
+from lorastack.algebra.compare import compare
 
 RANK = 16
 
@@ -100,6 +101,25 @@ def resize() -> None:
     print(f"resize 64 to 16, 224 weights of a 7B shape: {median(seconds):.1f} s ({spread})")
 
 
+def folder(adapters: int = 100) -> None:
+    """All pairs of a folder of rank-16 adapters, one layer of a 7B shape at a time."""
+    rng = np.random.default_rng(0)
+    shapes = {"q": (4096, 4096), "v": (4096, 4096)}
+    loras = [
+        LoadedLora.from_tensors(
+            {m: (rng.standard_normal((16, i), np.float32), rng.standard_normal((o, 16), np.float32))
+             for m, (o, i) in shapes.items()}
+        )
+        for _ in range(adapters)
+    ]  # fmt: skip
+    stack = LoraStack([(lora, 1.0) for lora in loras])
+    seconds = [_timed(lambda: compare(stack)) for _ in range(3)]
+    print(
+        f"compare {adapters} adapters, {adapters * (adapters - 1) // 2} pairs, q and v of one layer: "
+        f"{median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f}), times 32 for all layers"
+    )
+
+
 def dense_from(side: int = 1024) -> None:
     """The thin way against an SVD of the product, as R grows."""
     rng = np.random.default_rng(0)
@@ -130,6 +150,7 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[2048, 4096])
     sides = parser.parse_args().sides
     resize()
+    folder()
     dense_from()
     for side in sides:
         before, peft, after = ours(side), theirs(side, 2 if side <= 2048 else 1), ours(side)
