@@ -95,7 +95,6 @@ def test_dense_rules_are_those_of_peft() -> None:
 @given(seed=st.integers(0, 9999))
 @pytest.mark.parametrize("method", ["linear", "svd", *BY_ENTRY])
 def test_the_same_updates_give_the_same_however_they_are_factored(method: str, seed: int) -> None:
-    """Rotating factors, the update unchanged, moved PEFT's factor-wise TIES by 107 %."""
     rng = np.random.default_rng(seed)
     stack = two(24, 18, (3, 4), seed)
     turned = LoraStack()
@@ -107,6 +106,22 @@ def test_the_same_updates_give_the_same_however_they_are_factored(method: str, s
     cut = {"rank": 5} if method == "svd" else {}
     first, second = (dense(s.bake(method=method, **cut).adapters["w"]) for s in (stack, turned))
     assert far(second, first) < 1e-3  # an entry at the very threshold may fall on either side of it
+
+
+def test_methods_on_a_and_b_separately_do_depend_on_the_factors() -> None:
+    """Why they are not offered: TIES of PEFT moves by its own size, and its linear is not the sum."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 8, 256)), rng.standard_normal((2, 256, 8))
+    turn = np.linalg.qr(rng.standard_normal((8, 8)))[0]
+    ones = torch.ones(2, dtype=torch.float64)
+
+    def by_factor(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        merged = [peft_ties(list(torch.from_numpy(half)), ones, 0.2).numpy() for half in (b, a)]
+        return merged[0] @ merged[1]
+
+    turned = np.stack([turn.T @ a[0], a[1]]), np.stack([b[0] @ turn, b[1]])
+    assert far(by_factor(*turned), by_factor(a, b)) > 0.5
+    assert far(b.sum(0) @ a.sum(0), (b @ a).sum(0)) > 0.5
 
 
 @pytest.mark.parametrize("space", ["dense", "knots", "core"])
