@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+from timing import once
 
 from lorastack import LoadedLora, LoraStack
 from lorastack.algebra import lowrank
@@ -39,7 +38,7 @@ def two(side: int, rank: int = RANK) -> LoraStack:
 
 def ours(side: int) -> list[float]:
     stack = two(side)
-    return [_timed(lambda: stack.bake(rank=RANK)) for _ in range(20)]
+    return [once(lambda: stack.bake(rank=RANK)) for _ in range(20)]
 
 
 def theirs(side: int, rounds: int) -> list[float]:
@@ -60,7 +59,7 @@ def theirs(side: int, rounds: int) -> list[float]:
     def combine(name: str) -> None:
         model.add_weighted_adapter(["a0", "a1"], [0.7, 0.3], name, combination_type="svd", svd_rank=RANK)
 
-    return [_timed(lambda n=n: combine(f"both{n}")) for n in range(rounds)]
+    return [once(lambda n=n: combine(f"both{n}")) for n in range(rounds)]
 
 
 def high_water() -> float:
@@ -96,7 +95,7 @@ def resize() -> None:
         for module, (out, n_in) in shapes.items()
     }
     stack = LoraStack([(LoadedLora.from_tensors(tensors), 1.0)])
-    seconds = [_timed(lambda: stack.bake(rank=16)) for _ in range(3)]
+    seconds = [once(lambda: stack.bake(rank=16)) for _ in range(3)]
     spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
     print(f"resize 64 to 16, 224 weights of a 7B shape: {median(seconds):.1f} s ({spread})")
 
@@ -113,7 +112,7 @@ def folder(adapters: int = 100) -> None:
         for _ in range(adapters)
     ]  # fmt: skip
     stack = LoraStack([(lora, 1.0) for lora in loras])
-    seconds = [_timed(lambda: compare(stack)) for _ in range(3)]
+    seconds = [once(lambda: compare(stack)) for _ in range(3)]
     print(
         f"compare {adapters} adapters, {adapters * (adapters - 1) // 2} pairs, q and v of one layer: "
         f"{median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f}), times 32 for all layers"
@@ -130,19 +129,13 @@ def dense_from(side: int = 1024) -> None:
         seconds = []
         for limit in (2.0, 0.0):
             lowrank.DENSE_FROM = limit
-            seconds.append(min(_timed(partial(_truncate, matrix)) for _ in range(3)))
+            seconds.append(min(once(partial(_truncate, matrix)) for _ in range(3)))
         print(f"  R = {part:5} of it: {seconds[0]:.3f} s / {seconds[1]:.3f} s = {seconds[0] / seconds[1]:.2f}")
     lowrank.DENSE_FROM = 0.9
 
 
 def _truncate(matrix: lowrank.Matrix) -> lowrank.Matrix:
     return lowrank.svd(matrix).truncated(RANK)
-
-
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def main() -> None:

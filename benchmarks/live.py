@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from timing import interleave, ratio
+from timing import interleave, once, ratio
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -151,24 +150,16 @@ def bench_load(folder: Path) -> None:
         handle = attach(model, LoadedLora.load(paths[0]))
         for n, path in enumerate(paths):
             if n:
-                pushes[n].append(_timed(lambda path=path, handle=handle: handle.push(LoadedLora.load(path))))
+                pushes[n].append(once(lambda path=path, handle=handle: handle.push(LoadedLora.load(path))))
         handle.detach()
-        pushes[0].append(_timed(lambda: attach(model, LoadedLora.load(paths[0])).detach()))
+        pushes[0].append(once(lambda: attach(model, LoadedLora.load(paths[0])).detach()))
     print("  push one by one, ms:", " ".join(f"{median(times) * 1e3:.1f}" for times in pushes))
     stack = LoraStack([(LoadedLora.load(path), 1.0) for path in paths])
     with attach(model, stack) as handle:
-        scale = [_timed(lambda: handle.set_scale("a3", 0.5)) for _ in range(50)]
+        scale = [once(lambda: handle.set_scale("a3", 0.5)) for _ in range(50)]
         files = sum((path / "adapter_model.safetensors").stat().st_size for path in paths)
         held = f"factors held: {handle.report.nbytes / files:.2f} x the files"
         print(f"  a scale change: {median(scale) * 1e6:.0f} us; {held}")
-
-
-def _timed(call: Callable[[], object]) -> float:
-    import time
-
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def main() -> None:

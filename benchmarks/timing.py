@@ -30,6 +30,13 @@ def interleave(
     return seconds
 
 
+def once(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def ratio(a: list[float], b: list[float]) -> str:
     """Median of a/b round by round, with its quartiles."""
     ratios = sorted(x / y for x, y in zip(a, b, strict=True))

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lorastack import LoadedLora, LoraDelta, LoraStack, TargetModule, convert_names, load, save
 from lorastack.base import BaseModel
-from lorastack.errors import ArgumentError, NamingError, UnsupportedError
+from lorastack.errors import ArgumentError, NamingError, ShapeError, UnsupportedError
 from lorastack.factor import Factor
 from tests.fixtures.make_logits import llama_cpp_logits, peft_model
 from tests.models import load_model, logits, numpy_stack
@@ -478,11 +478,13 @@ def test_every_weight_on_whose_shape_adapters_disagree_is_listed() -> None:
     one = LoadedLora.from_tensors({n: (np.ones((1, 7)), np.ones((8, 1))) for n in (Q0, Q1, UP0)}, name="one")
     shapes = {Q0: (7, 9), Q1: (7, 8), UP0: (6, 8)}
     two = LoadedLora.from_tensors({n: (np.ones((2, i)), np.ones((o, 2))) for n, (i, o) in shapes.items()}, name="two")
-    with pytest.raises(UnsupportedError, match="the stack cannot be baked: 2 problems") as caught:
+    with pytest.raises(
+        ShapeError, match="the adapters cannot be baked, they were made for different bases: 2 problems"
+    ) as caught:
         LoraStack([(one, 1.0), (two, 1.0)]).bake()
     assert "one: linear 7 -> 8" in caught.value.problems[0]
     assert "two: linear 7 -> 9" in caught.value.problems[0]
-    assert caught.value.problems[1].startswith(f"{UP0}: the adapters disagree on the shape of this weight")
+    assert caught.value.problems[1] == f"{UP0}: one: linear 7 -> 8; two: linear 6 -> 8"
 
 
 def test_adapters_for_different_architectures_are_refused() -> None:

@@ -282,6 +282,8 @@ class LoraStack:
             When the stack is empty, or an option has no meaning, such as a rank no weight can have.
         UnsupportedError
             Listing every extra that an ordinary adapter's low-rank updates cannot hold.
+        ShapeError
+            Listing every weight that the adapters disagree on.
         NonFiniteError
             Listing every factor with NaN or Inf, where the method reads them.
 

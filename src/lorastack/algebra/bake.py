@@ -7,21 +7,21 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lorastack.adapter import LazyDeltas, LoadedLora
 from lorastack.algebra.combine import available, cat, largest, weighted_sum
 from lorastack.algebra.cut import Cut, Loss, overall
+from lorastack.algebra.entries import Entry, entries_of, weights_of
 from lorastack.algebra.entrywise import ByEntry
 from lorastack.algebra.method import Method
 from lorastack.base import BaseModel, open_base
 from lorastack.base.fit import misfits
-from lorastack.base.names import lora_of_adapter
 from lorastack.delta import LoraDelta, read_all
 from lorastack.dtypes import nonfinite_count
 from lorastack.errors import ArgumentError, Failures, NamingError, NonFiniteError, Problems, UnsupportedError
 from lorastack.extras import HARMLESS, KINDS
-from lorastack.packed import PackedWeight, Term
+from lorastack.packed import Term
 from lorastack.target import Naming
 
 if TYPE_CHECKING:
@@ -29,14 +29,6 @@ if TYPE_CHECKING:
 
 #: Called with the weights done and the weights there are.
 Progress = Callable[[int, int], None]
-
-
-class Entry(NamedTuple):
-    """One adapter of the stack, those of the second list by weight name too."""
-
-    name: str
-    lora: LoadedLora
-    scale: float
 
 
 def bake(
@@ -53,17 +45,12 @@ def bake(
     progress: Progress | None = None,
 ) -> LoadedLora:
     """See `LoraStack.bake`."""
-    if stack.is_empty():
-        raise ArgumentError("the stack is empty, so there is nothing to bake; push an adapter first")
     cut = Cut.of(rank, energy, tolerance)
     how = Method.of("svd" if method == "cat" and cut else method, density, seed)
     if how.name == "svd" and cut is None:
         raise ArgumentError("method svd needs a rank, an energy or a tolerance; linear keeps what float32 can tell")
     base = base if isinstance(base, BaseModel) or base is None else open_base(base)
-    entries = [
-        Entry(entry_name, lora, scale) for entry_name, (lora, scale) in zip(stack.names, stack.entries, strict=True)
-    ]
-    entries += _from_adapters(stack, base)
+    entries = entries_of(stack, base, "bake")
     _refuse_extras(entries)
     architectures = {arch for entry in entries if (arch := entry.lora.metadata.get("general.architecture"))}
     if len(architectures) > 1:
@@ -100,19 +87,11 @@ def with_coefficient(baked: LoadedLora, coefficient: float) -> LoadedLora:
 
 
 def _terms(entries: list[Entry]) -> dict[str, list[tuple[int, Term]]]:
-    """Weight name -> its terms with the number of the entry each is from; ShapeError where they disagree."""
-    weights: dict[str, list[tuple[int, Term]]] = {}
-    for number, entry in enumerate(entries):
-        for weight, delta in entry.lora.adapters.items():
-            weights.setdefault(weight, []).append((number, (entry.scale, delta)))
-    problems = Problems("the stack cannot be baked")
-    for weight, numbered in weights.items():
-        try:
-            PackedWeight.check([term for _, term in numbered], [entries[n].name for n, _ in numbered])
-        except ValueError as error:
-            problems.add(f"{weight}: {error}".replace("\n", "\n  "))
-    problems.raise_any(UnsupportedError)
-    return weights
+    """Weight name -> its terms with the number of the entry each is from."""
+    return {
+        weight: [(n, (entries[n].scale, delta)) for n, delta in at.items()]
+        for weight, at in weights_of(entries, "baked").items()
+    }
 
 
 def _side_by_side(weights: dict[str, list[tuple[int, Term]]], entries: list[Entry]) -> dict[str, LoraDelta]:
@@ -181,22 +160,6 @@ def _steps(progress: Progress | None, total: int) -> Iterator[None]:
         if progress:
             progress(done, total)
         yield
-
-
-def _from_adapters(stack: LoraStack, base: BaseModel | None) -> list[Entry]:
-    """The second list by weight name, in the naming of the first."""
-    if not stack.adapters:
-        return []
-    if base is None:
-        raise ArgumentError(
-            f"{len(stack.adapters)} adapters are known by (target module, layer) only; give bake() the base, "
-            "whose weight names they get"
-        )
-    taken = len(stack)
-    return [
-        Entry(f"adapter{n}", lora_of_adapter(adapter, base, stack.naming, f"adapter{n}"), 1.0)
-        for n, adapter in enumerate(stack.adapters, taken)
-    ]
 
 
 def _refuse_extras(entries: list[Entry]) -> None:

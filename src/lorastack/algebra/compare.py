@@ -1,15 +1,10 @@
-"""Compare: how adapters get on with each other, from their factors.
-
-Each update is brought to its singular vectors once; then two products of all of them side by side give every inner
-product and every overlap of a weight: ``<X, Y> = sum s_i t_j (u_i . u_j)(v_i . v_j)``. That is O(R²(in + out)) for R
-ranks in all, and no out x in matrix.
-"""
+"""Compare: what adapters do, and how they get on with each other, from their factors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,24 +12,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorastack.adapter import LoadedLora
+from lorastack.algebra.entries import Entry, entries_of, weights_of
 from lorastack.algebra.intruders import IntruderSearch
 from lorastack.algebra.lowrank import Matrix, flat_shape, matrices
 from lorastack.algebra.measure import AdapterMeasure, WeightMeasure, measure_adapter, measure_weight
+from lorastack.algebra.pairs import FEW, NUMBERS, Pairs, Sums, pairs_of, plain, stacked, sums_of
 from lorastack.algebra.signs import sign_counts
 from lorastack.algebra.span import Span, principal_angles, span
 from lorastack.base import BaseModel, convert_names, open_base
 from lorastack.base.fit import misfits
-from lorastack.base.names import lora_of_adapter
 from lorastack.delta import LoraDelta
-from lorastack.errors import ArgumentError, Failures, LoraStackError, NamingError, NonFiniteError, Problems, ShapeError
+from lorastack.errors import ArgumentError, Failures, LoraStackError, NamingError, NonFiniteError, Problems
 from lorastack.extras import HARMLESS, KINDS
-from lorastack.packed import PackedWeight
 from lorastack.stack import LoraStack
 
 __all__ = ["Comparison", "IntruderSearch", "NearDuplicate", "Pairs", "compare", "principal_angles", "verdict"]
 
-#: Up to so many adapters the numbers of each weight are kept too, and products are taken in float64.
-FEW = 32
 #: About how many entries of a weight the signs are compared at, where looking at all would take long.
 SIGN_SAMPLES = 1 << 16
 #: All entries are looked at while there are no more than these, of all adapters and weights together: seconds.
@@ -45,48 +38,6 @@ DUPLICATE = 0.99
 INTRUDERS = IntruderSearch()
 #: Beyond this cosine it matters for the sum that both are there.
 MATTERS = 0.1
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Pairs:
-    """Numbers of every pair, ``[N, N]`` (of each weight: ``[weights, N, N]``), float64, NaN where there is none.
-
-    Attributes
-    ----------
-    cosine
-        ``<X, Y> / (|X| |Y|)``, over all entries of all weights; a weight that one of them lacks counts as zeros there.
-    in_overlap, out_overlap
-        The mean squared cosine of the principal angles between the row spaces (what they read, ``[in]``) and between
-        the column spaces (what they write, ``[out]``), over the weights that both change: 1 means that one space
-        lies in the other.
-    in_chance, out_chance
-        What random subspaces of the same dimensions have on average: ``max(p, q) / m`` in m dimensions.
-    sign_conflict
-        Of the entries that both change, the part whose signs differ; independent updates have 0.5.
-    pileup
-        ``|X + Y| / (|X| + |Y|)``: 0 when they cancel, 0.71 when orthogonal and of one norm, 1 when they point the same
-        way.
-    """
-
-    cosine: np.ndarray
-    in_overlap: np.ndarray
-    in_chance: np.ndarray
-    out_overlap: np.ndarray
-    out_chance: np.ndarray
-    sign_conflict: np.ndarray
-    pileup: np.ndarray
-
-    def pair(self, i: int, j: int) -> dict[str, float | list[float | None] | None]:
-        """The numbers of one pair by name, None where there is none; lists where they are kept by weight."""
-        found: dict[str, float | list[float | None] | None] = {}
-        for name in NUMBERS:
-            value = getattr(self, name)[..., i, j]
-            found[name] = [_plain(v) for v in value] if value.ndim else _plain(value)
-        return found
-
-
-#: The numbers of a pair.
-NUMBERS = tuple(field.name for field in fields(Pairs))
 
 
 class NearDuplicate(NamedTuple):
@@ -148,7 +99,7 @@ class Comparison(Pairs):
             "weights": list(self.weights),
             "pairs": pairs,
             "norm": self.norm,
-            "total_pileup": _plain(self.total_pileup),
+            "total_pileup": plain(self.total_pileup),
             "near_duplicates": [one._asdict() for one in self.near_duplicates],
             "signs_exact": self.signs_exact,
             "sign_entries": self.sign_entries,
@@ -218,11 +169,14 @@ def compare(
     ('7.071', '-0.64', 'cancel')
     """
     base = base if isinstance(base, BaseModel) or base is None else open_base(base)
-    entries = _entries(stack, base, names)
-    weights = _weights(entries)
+    entries = _renamed(entries_of(stack, base, "compare"), names)
+    entries = entries if base is None else _in_base(entries, base)
+    weights = weights_of(entries, "compared")
+    if not weights:
+        raise ArgumentError("the adapters have no low-rank updates, so there is nothing to compare")
     total = sum(math.prod(flat_shape(next(iter(at.values())))) for at in weights.values())
     exact = sign_samples is None or total * len(entries) <= SIGNS_EXACT_TO
-    totals = _Sums.zeros(len(entries))
+    totals = Sums.zeros(len(entries))
     of_each: list[Pairs] = []
     measured: list[list[WeightMeasure]] = [[] for _ in entries]
     base_squares = np.zeros(len(entries))
@@ -244,7 +198,7 @@ def compare(
             for n, found in parts.items():
                 sigmas = [one.span.sigma for one in found]
                 measured[n].append(measure_weight(weight, flat_shape(like), sigmas, size, counts.get(n)))
-            sums = _sums(len(entries), parts)
+            sums = sums_of(len(entries), {n: [one.span for one in found] for n, found in parts.items()})
             for expert in range(flat_shape(like)[0]):
                 matrix = [parts[n][expert].matrix if n in parts else None for n in range(len(entries))]
                 signs = sign_counts(matrix, None if exact else sign_samples, (number, expert))
@@ -253,7 +207,7 @@ def compare(
                 looked += signs.looked
             totals.add(sums)
             if len(entries) <= FEW:
-                of_each.append(_pairs(sums))
+                of_each.append(pairs_of(sums))
         if progress is not None:
             progress(1)
     failures.raise_any()
@@ -263,14 +217,14 @@ def compare(
         )
         for n, one in enumerate(entries)
     )
-    overall = _pairs(totals)
+    overall = pairs_of(totals)
     lengths = np.sqrt(totals.inner.diagonal())
     norm = math.sqrt(max(0.0, float(totals.inner.sum())))
     return Comparison(
         **{name: getattr(overall, name) for name in NUMBERS},
         adapters=adapters,
         weights=tuple(weights),
-        by_weight=_stacked(of_each) if len(entries) <= FEW else None,
+        by_weight=stacked(of_each) if len(entries) <= FEW else None,
         norm=norm,
         total_pileup=norm / float(lengths.sum()) if lengths.any() else math.nan,
         near_duplicates=_near_duplicates([one.name for one in entries], overall.cosine, lengths),
@@ -279,33 +233,9 @@ def compare(
     )
 
 
-class _Entry(NamedTuple):
-    name: str
-    lora: LoadedLora
-    scale: float
-
-
-def _entries(stack: LoraStack, base: BaseModel | None, names: Sequence[str] | None) -> list[_Entry]:
-    """Both lists of the stack, in the base's names where there is one."""
-    if stack.is_empty():
-        raise ArgumentError("the stack is empty, so there is nothing to compare; push an adapter first")
-    entries = [_Entry(name, *entry) for name, entry in zip(stack.names, stack.entries, strict=True)]
-    if stack.adapters and base is None:
-        raise ArgumentError(
-            f"{len(stack.adapters)} adapters are known by (target module, layer) only; give the base, "
-            "whose weight names they get"
-        )
-    problems = Problems("the adapters cannot be compared" if base is None else f"base {base.name} does not fit")
-    for n, adapter in enumerate(stack.adapters, len(stack)):
-        assert base is not None
-        name = f"adapter{n}"
-        entries.append(_Entry(name, lora_of_adapter(adapter, base, stack.naming, name), 1.0))
-    if names is not None and (len(names) != len(entries) or len(set(names)) != len(names)):
-        raise ArgumentError(f"names are {list(names)}; give {len(entries)}, each once, one for each adapter")
-    if names is not None:
-        entries = [one._replace(name=name) for one, name in zip(entries, names, strict=True)]
-    if base is None:
-        return entries
+def _in_base(entries: list[Entry], base: BaseModel) -> list[Entry]:
+    """The entries in the base's names; NamingError lists everything that has no place there."""
+    problems = Problems(f"base {base.name} does not fit")
     for n, one in enumerate(entries):
         if one.lora.naming not in (base.naming, "own"):
             try:
@@ -319,22 +249,12 @@ def _entries(stack: LoraStack, base: BaseModel | None, names: Sequence[str] | No
     return entries
 
 
-def _weights(entries: Sequence[_Entry]) -> dict[str, dict[int, LoraDelta]]:
-    """Weight -> entry number -> update. One error lists every weight whose updates do not have one shape."""
-    weights: dict[str, dict[int, LoraDelta]] = {}
-    for n, one in enumerate(entries):
-        for name, delta in one.lora.adapters.items():
-            weights.setdefault(name, {})[n] = delta
-    if not weights:
-        raise ArgumentError("the adapters have no low-rank updates, so there is nothing to compare")
-    problems = Problems("the adapters cannot be compared, they were made for different bases")
-    for name, at in weights.items():
-        try:
-            PackedWeight.check([(1.0, delta) for delta in at.values()], [entries[n].name for n in at])
-        except ShapeError as error:
-            problems.add(f"{name}: {'; '.join(error.problems)}")
-    problems.raise_any(ShapeError)
-    return weights
+def _renamed(entries: list[Entry], names: Sequence[str] | None) -> list[Entry]:
+    if names is None:
+        return entries
+    if len(names) != len(entries) or len(set(names)) != len(names):
+        raise ArgumentError(f"names are {list(names)}; give {len(entries)}, each once, one for each adapter")
+    return [one._replace(name=name) for one, name in zip(entries, names, strict=True)]
 
 
 class _Part(NamedTuple):
@@ -342,7 +262,7 @@ class _Part(NamedTuple):
     span: Span
 
 
-def _parts(entry: _Entry, delta: LoraDelta, weight: str) -> list[_Part]:
+def _parts(entry: Entry, delta: LoraDelta, weight: str) -> list[_Part]:
     found = matrices([(entry.scale, delta)], [entry.name])
     try:
         return [_Part(matrix, span(matrix)) for matrix in found]
@@ -363,81 +283,6 @@ def _intruders(
     return counts
 
 
-@dataclass
-class _Sums:
-    """What numbers of pairs are made of, ``[N, N]`` each; those of several weights add up."""
-
-    inner: np.ndarray
-    shared_in: np.ndarray
-    shared_out: np.ndarray
-    expected_in: np.ndarray
-    expected_out: np.ndarray
-    smaller: np.ndarray
-    differ: np.ndarray
-    both: np.ndarray
-
-    @classmethod
-    def zeros(cls, count: int) -> _Sums:
-        return cls(*(np.zeros((count, count)) for _ in fields(cls)))
-
-    def add(self, other: _Sums) -> None:
-        for one in fields(self):
-            getattr(self, one.name).__iadd__(getattr(other, one.name))
-
-
-def _sums(count: int, parts: dict[int, list[_Part]]) -> _Sums:
-    """Everything of one weight but the signs; experts add up as weights do."""
-    sums = _Sums.zeros(count)
-    dtype = np.float64 if count <= FEW else np.float32
-    for expert in zip(*parts.values(), strict=True):
-        there = [(n, one.span) for n, one in zip(parts, expert, strict=True) if one.span.rank]
-        if not there:
-            continue
-        at = np.ix_([n for n, _ in there], [n for n, _ in there])
-        ranks = np.array([one.rank for _, one in there])
-        starts = np.cumsum(ranks) - ranks
-        sigma = np.concatenate([one.sigma for _, one in there])
-        outs = _gram(np.concatenate([one.u for _, one in there], 1, dtype=dtype))
-        ins = _gram(np.concatenate([one.v for _, one in there], 1, dtype=dtype))
-        sums.inner[at] += _blocks(outs * ins * sigma * sigma[:, None], starts)
-        sums.shared_out[at] += _blocks(outs * outs, starts)
-        sums.shared_in[at] += _blocks(ins * ins, starts)
-        sums.expected_out[at] += np.outer(ranks, ranks) / there[0][1].u.shape[0]
-        sums.expected_in[at] += np.outer(ranks, ranks) / there[0][1].v.shape[0]
-        sums.smaller[at] += np.minimum.outer(ranks, ranks)
-    return sums
-
-
-def _gram(x: np.ndarray) -> np.ndarray:
-    return x.T @ x
-
-
-def _blocks(x: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """The sum of each block of a symmetric matrix whose blocks begin at ``starts``, both ways: symmetric to the bit."""
-    found = np.add.reduceat(np.add.reduceat(x, starts, 0, dtype=np.float64), starts, 1)
-    return (found + found.T) / 2
-
-
-def _pairs(sums: _Sums) -> Pairs:
-    squares = sums.inner.diagonal()
-    norms = np.sqrt(squares)
-    together = np.sqrt(np.maximum(squares + squares[:, None] + 2 * sums.inner, 0))
-    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is NaN: no number
-        return Pairs(
-            cosine=np.clip(sums.inner / (norms * norms[:, None]), -1, 1),
-            in_overlap=np.clip(sums.shared_in / sums.smaller, 0, 1),
-            in_chance=sums.expected_in / sums.smaller,
-            out_overlap=np.clip(sums.shared_out / sums.smaller, 0, 1),
-            out_chance=sums.expected_out / sums.smaller,
-            sign_conflict=sums.differ / sums.both,
-            pileup=np.minimum(together / (norms + norms[:, None]), 1),
-        )
-
-
-def _stacked(each: Sequence[Pairs]) -> Pairs:
-    return Pairs(**{name: np.stack([getattr(one, name) for one in each]) for name in NUMBERS})
-
-
 def _near_duplicates(names: Sequence[str], cosine: np.ndarray, norms: np.ndarray) -> tuple[NearDuplicate, ...]:
     with np.errstate(invalid="ignore"):
         found = np.argwhere(np.triu(cosine > DUPLICATE, 1))
@@ -453,7 +298,3 @@ def _norm(array: np.ndarray) -> float:
     # A sum of squares over millions of values in float32 would lose digits; the whole in float64 would double memory.
     parts = (flat[at : at + (1 << 20)].astype(np.float64) for at in range(0, flat.size, 1 << 20))
     return math.sqrt(sum(float(part @ part) for part in parts))
-
-
-def _plain(value: Any) -> float | None:
-    return float(value) if math.isfinite(value) else None

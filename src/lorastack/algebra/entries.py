@@ -1,0 +1,67 @@
+"""Entries: the adapters of both lists of a stack by weight name, and the terms they have at each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from lorastack.adapter import LoadedLora
+from lorastack.base import BaseModel
+from lorastack.base.names import lora_of_adapter
+from lorastack.delta import LoraDelta
+from lorastack.errors import ArgumentError, Problems, ShapeError
+from lorastack.packed import PackedWeight
+from lorastack.stack import LoraStack
+
+
+class Entry(NamedTuple):
+    """One adapter of the stack."""
+
+    name: str
+    lora: LoadedLora
+    scale: float
+
+
+def entries_of(stack: LoraStack, base: BaseModel | None, verb: str) -> list[Entry]:
+    """Both lists; the second, known by (target module, layer) only, in the weight names of ``base``.
+
+    Raises
+    ------
+    ArgumentError
+        When there is nothing to ``verb``, or the second list has no base.
+    """
+    if stack.is_empty():
+        raise ArgumentError(f"the stack is empty, so there is nothing to {verb}; push an adapter first")
+    entries = [Entry(name, *entry) for name, entry in zip(stack.names, stack.entries, strict=True)]
+    if stack.adapters and base is None:
+        raise ArgumentError(
+            f"{len(stack.adapters)} adapters are known by (target module, layer) only; give {verb}() the base, "
+            "whose weight names they get"
+        )
+    for n, adapter in enumerate(stack.adapters, len(stack)):
+        assert base is not None
+        name = f"adapter{n}"
+        entries.append(Entry(name, lora_of_adapter(adapter, base, stack.naming, name), 1.0))
+    return entries
+
+
+def weights_of(entries: Sequence[Entry], done: str) -> Mapping[str, Mapping[int, LoraDelta]]:
+    """Weight name -> number of the entry -> its update.
+
+    Raises
+    ------
+    ShapeError
+        Listing every weight whose updates do not have one shape, and so cannot be ``done``.
+    """
+    weights: dict[str, dict[int, LoraDelta]] = {}
+    for number, entry in enumerate(entries):
+        for weight, delta in entry.lora.adapters.items():
+            weights.setdefault(weight, {})[number] = delta
+    problems = Problems(f"the adapters cannot be {done}, they were made for different bases")
+    for weight, at in weights.items():
+        try:
+            PackedWeight.check([(1.0, delta) for delta in at.values()], [entries[n].name for n in at])
+        except ShapeError as error:
+            problems.add(f"{weight}: {'; '.join(error.problems)}")
+    problems.raise_any(ShapeError)
+    return weights
