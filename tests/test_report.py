@@ -216,7 +216,7 @@ class ByPlace:
 def test_adapters_of_the_second_list_need_the_base(demo: Path, tmp_path: Path) -> None:
     stack = LoraStack([(load(demo / "luna"), 1.0)])
     stack.push_adapter(ByPlace())
-    with pytest.raises(ArgumentError, match="give the base"):
+    with pytest.raises(ArgumentError, match=r"give report\(\) the base"):
         report(stack, tmp_path / "x.html")
     text = report(stack, tmp_path / "x.html", demo / "base").read_text()
     assert "adapter1" in figures(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -184,6 +185,24 @@ class Recipe:
         if len(set(bases)) > 1:
             raise ArgumentError(f"the recipes name different bases: {', '.join(dict.fromkeys(bases))}")
         return Recipe(tuple(ingredients), bases[0] if bases else None)
+
+    def seen_from(self, folder: Path, also_absolute: bool = False) -> Recipe:
+        """With paths relative to ``folder``: a file written there works from anywhere, and moves along with them.
+
+        What is no path (a hub id) stays; so does a path said in full, unless ``also_absolute``.
+        """
+
+        def located(source: str) -> str:
+            path = Path(source).expanduser()
+            if not path.exists() or (Path(source).is_absolute() and not also_absolute):
+                return source
+            try:
+                return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+            except ValueError:  # another drive
+                return str(path.resolve())
+
+        ingredients = tuple(replace(one, source=located(one.source)) for one in self.ingredients)
+        return replace(self, ingredients=ingredients, base=located(self.base) if self.base else None)
 
     def to_toml(self) -> str:
         """The recipe as TOML, which `parse` reads."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,7 +92,7 @@ def tune(
             progress=progress,
         )
     if output:
-        best = _seen_from(tuned.recipe(base), output.parent)
+        best = tuned.recipe(base).seen_from(output.parent)
         with whole_output(output, force) as path:
             path.write_text(best.to_toml(), "utf-8")
     if plot:
@@ -131,22 +129,6 @@ def _lines(file: Path) -> list[str]:
     if not any(lines):
         raise ArgumentError(f"{file}: it has no text; write one passage on each line")
     return [line for line in lines if line]
-
-
-def _seen_from(recipe: Recipe, folder: Path) -> Recipe:
-    """With paths relative to the recipe's own folder, so that it works from anywhere, and moves along with it."""
-
-    def located(source: str) -> str:
-        path = Path(source).expanduser()
-        if Path(source).is_absolute() or not path.exists():
-            return source  # a place said in full, or a hub id
-        try:
-            return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
-        except ValueError:  # another drive
-            return str(path.resolve())
-
-    ingredients = tuple(replace(one, source=located(one.source)) for one in recipe.ingredients)
-    return replace(recipe, ingredients=ingredients, base=located(recipe.base) if recipe.base else None)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,9 @@ from lorastack.adapter import LoadedLora
 from lorastack.algebra.combine import EXACT
 from lorastack.algebra.compare import INTRUDERS, Comparison, compare
 from lorastack.algebra.cut import Loss, overall, relative_errors
+from lorastack.algebra.entries import entries_of
 from lorastack.algebra.lowrank import flat_shape, matrices, svd
 from lorastack.base import BaseModel, open_base
-from lorastack.base.names import lora_of_adapter
-from lorastack.errors import ArgumentError
 from lorastack.inspect import Inspection, inspect
 from lorastack.recipe import Recipe
 from lorastack.report.places import Grid, grid
@@ -73,7 +71,7 @@ def find(
     The recipe's paths are as seen from ``folder``.
     """
     base = base if isinstance(base, BaseModel) or base is None else open_base(base)
-    stack = _by_name(stack, base)
+    stack = LoraStack([(one.lora, one.scale) for one in entries_of(stack, base, "report")])
     total, done = 2 * len(stack.weights), 0
 
     def step(count: int = 1) -> None:
@@ -82,6 +80,7 @@ def find(
         if progress:
             progress(done, total)
 
+    recipe = Recipe.of_lora(LoadedLora("report", {}, origin=stack.entries))
     found = compare(stack, base, intruders=INTRUDERS if intruders else None, progress=step)
     curve, bakes, exact = _losses(stack, step)
     return Findings(
@@ -93,41 +92,8 @@ def find(
         exact=exact,
         # Of a folder only its name: where it lies on this machine is nobody else's business.
         base=None if base is None else Path(base.name).name if Path(base.name).exists() else base.name,
-        recipe=_seen_from(Recipe.of_lora(LoadedLora("report", {}, origin=stack.entries)), folder).to_toml(),
+        recipe=(recipe.seen_from(folder, also_absolute=True) if folder else recipe).to_toml(),
     )
-
-
-def _seen_from(recipe: Recipe, folder: Path | None) -> Recipe:
-    """With paths relative to the page's folder: it moves along with them, and tells nothing of this machine."""
-
-    def located(source: str) -> str:
-        if folder is None or not Path(source).exists():
-            return source  # a hub id, or made in memory
-        try:
-            return Path(os.path.relpath(Path(source).resolve(), folder.resolve())).as_posix()
-        except ValueError:  # another drive
-            return source
-
-    return replace(recipe, ingredients=tuple(replace(one, source=located(one.source)) for one in recipe.ingredients))
-
-
-def _by_name(stack: LoraStack, base: BaseModel | None) -> LoraStack:
-    """The stack with the adapters of its second list by weight name too."""
-    if stack.is_empty():
-        raise ArgumentError("the stack is empty, so there is nothing to report; push an adapter first")
-    if not stack.adapters:
-        return stack
-    if base is None:
-        raise ArgumentError(
-            f"{len(stack.adapters)} adapters are known by (target module, layer) only; give the base, "
-            "whose weight names they get"
-        )
-    twin = LoraStack()
-    for lora, scale in stack.entries:
-        twin.push(lora, scale)
-    for n, adapter in enumerate(stack.adapters, len(stack)):
-        twin.push(lora_of_adapter(adapter, base, stack.naming, f"adapter{n}"))
-    return twin
 
 
 def _losses(stack: LoraStack, step: Callable[[], None]) -> tuple[tuple[float, ...], tuple[BakeLoss, ...], int]:
