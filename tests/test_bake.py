@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lorastack import LoadedLora, LoraDelta, LoraStack, TargetModule, convert_names, load, save
 from lorastack.base import BaseModel
+from lorastack.core.factor import Factor
 from lorastack.errors import ArgumentError, NamingError, ShapeError, UnsupportedError
-from lorastack.factor import Factor
 from tests.fixtures.make_logits import llama_cpp_logits, peft_model
 from tests.models import load_model, logits, numpy_stack
 

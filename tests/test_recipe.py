@@ -16,7 +16,9 @@ from safetensors import safe_open
 
 from lorastack import LoadedLora, LoraStack, convert_names, load
 from lorastack.errors import ArgumentError, FormatError
-from lorastack.recipe import Ingredient, Recipe, load_stack, parse_entry
+from lorastack.formats.provenance import Ingredient
+from lorastack.mixture import parse_entry
+from lorastack.recipe import Recipe, load_stack
 
 NAMES = [f"blk.{n}.{stem}.weight" for n in range(4) for stem in ("attn_q", "ffn_up")]
 

@@ -26,8 +26,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lorastack import LoadedLora, LoraDelta, LoraStack, load, save
+from lorastack.core.factor import Factor
 from lorastack.errors import ArgumentError, FormatError, NonFiniteError
-from lorastack.factor import Factor
 from lorastack.files import OutputError
 from tests.fixtures.make_logits import peft_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lorastack import LoadedLora, LoraDelta
-from lorastack.delta import Kind
+from lorastack.core.delta import Kind
 
 #: kind -> shapes of A and B but for the rank, which stands where the r is.
 SHAPES: dict[str, tuple[tuple, tuple]] = {

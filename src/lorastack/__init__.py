@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lorastack.adapter import LoadedLora, LoraAdapter
 from lorastack.base import convert_names
-from lorastack.delta import LoraDelta
+from lorastack.core.adapter import LoadedLora, LoraAdapter
+from lorastack.core.delta import LoraDelta
+from lorastack.core.stack import LoraStack
+from lorastack.core.target import TargetModule
 from lorastack.errors import LoraStackError
-from lorastack.formats import load, save
-from lorastack.stack import LoraStack
-from lorastack.target import TargetModule
+from lorastack.formats import save
+from lorastack.recipe import load
 
 if TYPE_CHECKING:
     from lorastack.torch import tune as tune

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from lorastack.adapter import LoadedLora
 from lorastack.base import BaseModel
 from lorastack.base.fit import misfits
-from lorastack.dtypes import nonfinite_count
-from lorastack.extras import HARMLESS, KINDS
+from lorastack.core.adapter import LoadedLora
+from lorastack.core.dtypes import nonfinite_count
+from lorastack.core.extras import HARMLESS, KINDS
 
 #: adapter_config.json fields that most adapters leave at these values; others are worth a word.
 _USUAL = {

@@ -1,103 +1,32 @@
-"""Recipes: which adapters, at which scales, changed how - as command-line words, as TOML, as metadata."""
+"""Recipes: TOML files that say which adapters, at which scales, changed how; and loading what they name."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
-from lorastack.adapter import LoadedLora
+from lorastack import formats
 from lorastack.base import BaseModel, convert_names, open_base
+from lorastack.core.adapter import LoadedLora
+from lorastack.core.stack import LoraStack
+from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError, LoraStackError, Problems
-from lorastack.formats import load
-from lorastack.stack import LoraStack
-from lorastack.target import Naming
+from lorastack.formats.provenance import Ingredient, Provenance, hashes
+from lorastack.mixture import parse_entry
 
 _ADAPTER_KEYS = {"source", "scale", "name", "select", "scales", "steps", "sha256"}
 _STEPS = {"select", "scales", "names", "without_extras"}
 
 
-def parse_entry(word: str) -> tuple[str, float]:
-    """Split ``FILE:SCALE``; the scale is 1 where there is none.
-
-    A colon that belongs to the path stays there: a Windows drive, or a file that exists by that name.
-
-    >>> parse_entry("zara:0.7"), parse_entry("zara"), parse_entry("C:/loras/zara.gguf")
-    (('zara', 0.7), ('zara', 1.0), ('C:/loras/zara.gguf', 1.0))
-
-    Raises
-    ------
-    ArgumentError
-        When the scale is no finite number.
-    """
-    path, colon, tail = word.rpartition(":")
-    if not colon or not path or Path(word).exists():
-        return word, 1.0
-    try:
-        scale = float(tail)
-    except ValueError:
-        # C:\loras\zara.gguf and C:/loras/zara.gguf: the colon of a drive
-        if len(path) == 1 and path.isalpha() and tail[:1] in ("\\", "/"):
-            return word, 1.0
-        raise ArgumentError(f"{word!r}: {tail!r} is no scale; write FILE:SCALE, as in {path}:0.7") from None
-    if not math.isfinite(scale):
-        raise ArgumentError(f"{word!r}: a scale is a finite number, got {tail}")
-    return path, scale
-
-
 @dataclass(frozen=True)
-class Ingredient:
-    """One adapter of a recipe: where it is, its scale, what is changed after loading, what it must hash to."""
-
-    source: str
-    scale: float = 1.0
-    name: str | None = None
-    steps: tuple[tuple[str, Any], ...] = ()
-    sha256: tuple[tuple[str, str], ...] = ()
-
-    def load(self, allow_nonfinite: bool = False, ignore: Collection[str] = (), base: Any = None) -> LoadedLora:
-        """Load it, check its hashes, and change it as the recipe says."""
-        lora = load(self.source, name=self.name, allow_nonfinite=allow_nonfinite, ignore=ignore)
-        if self.sha256 and dict(self.sha256) != (found := hashes(lora)):
-            raise ArgumentError(
-                f"{self.source} is not the file of the recipe: sha256 {found}, {dict(self.sha256)} wanted"
-            )
-        for step, value in self.steps:
-            if step == "select":
-                names = list(lora.adapters)[:3]
-                lora = lora.select(value)
-                if not lora.adapters:
-                    raise ArgumentError(
-                        f"{self.source}: no weight matches {value!r}; its weights are named like {', '.join(names)}"
-                    )
-            elif step == "scales":
-                lora = lora.scaled(value)
-            elif step == "without_extras":
-                lora = lora.without_extras(*value)
-            elif base is None:
-                raise ArgumentError(f"{self.source}: names are converted to {value!r}, which needs the base (--base)")
-            else:
-                lora = convert_names(lora, base, value)
-        return lora
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The ingredients of a stack and, if known, its base."""
-
-    ingredients: tuple[Ingredient, ...]
-    base: str | None = None
-    #: How they were baked, for the reader: a recipe is replayed as their sum, by the options given then.
-    made: Mapping[str, Any] = field(default_factory=dict)
+class Recipe(Provenance):
+    """A provenance that can be read from a TOML file and made again."""
 
     @classmethod
     def of_words(cls, words: Iterable[str]) -> Recipe:
@@ -142,29 +71,6 @@ class Recipe:
         problems.raise_any(ArgumentError)
         return cls(tuple(ingredients), _located(base, folder) if base else None)
 
-    @classmethod
-    def of_lora(cls, lora: LoadedLora) -> Recipe:
-        """What ``lora`` was made of, with the hashes of the files it came from."""
-        parts = [
-            (part, scale) for whole, scale in (lora.origin or ((lora, 1.0),)) for part, scale in _leaves(whole, scale)
-        ]
-        with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(hashes, [part for part, _ in parts]))
-        ingredients = [
-            Ingredient(
-                _source(part),
-                scale,
-                part.name,
-                tuple((_STEP_NAMES.get(step, step), value) for step, value in part.history),
-                tuple(sorted(sums.items())),
-            )
-            for (part, scale), sums in zip(parts, found, strict=True)
-        ]
-        # Made again, it needs a base only where names were converted; what an adapter says of its own may be anywhere.
-        converted = [part for part, _ in parts if any(step == "names" for step, _ in part.history)]
-        bases = {part.metadata.get("base_model_name_or_path") for part in converted} - {None}
-        return cls(tuple(ingredients), bases.pop() if len(bases) == 1 else None, lora.made)
-
     def _unfolded(self, within: tuple[Path, ...] = ()) -> Recipe:
         """With the ingredients of every recipe among its own, times that one's scale."""
         ingredients: list[Ingredient] = []
@@ -204,14 +110,6 @@ class Recipe:
         ingredients = tuple(replace(one, source=located(one.source)) for one in self.ingredients)
         return replace(self, ingredients=ingredients, base=located(self.base) if self.base else None)
 
-    def to_toml(self) -> str:
-        """The recipe as TOML, which `parse` reads."""
-        said: dict[str, Any] = {"base": self.base} if self.base else {}
-        said["adapter"] = [_table(one) for one in self.ingredients]
-        if self.made:
-            said["lorastack"] = dict(self.made)
-        return tomli_w.dumps(said)
-
     def stack(
         self,
         *,
@@ -250,11 +148,70 @@ class Recipe:
         loaded: list[tuple[LoadedLora, float]] = []
         for one in self.ingredients:
             try:
-                loaded.append((one.load(allow_nonfinite, ignore, base), one.scale))
+                loaded.append((_load(one, allow_nonfinite, ignore, base), one.scale))
             except LoraStackError as error:
                 problems.add(error)
         problems.raise_any(ArgumentError)
         return loaded
+
+
+def _load(one: Ingredient, allow_nonfinite: bool, ignore: Collection[str], base: BaseModel | None) -> LoadedLora:
+    """Load it, check its hashes, and change it as the recipe says."""
+    lora = formats.load(one.source, name=one.name, allow_nonfinite=allow_nonfinite, ignore=ignore)
+    if one.sha256 and dict(one.sha256) != (found := hashes(lora)):
+        raise ArgumentError(f"{one.source} is not the file of the recipe: sha256 {found}, {dict(one.sha256)} wanted")
+    for step, value in one.steps:
+        if step == "select":
+            names = list(lora.adapters)[:3]
+            lora = lora.select(value)
+            if not lora.adapters:
+                raise ArgumentError(
+                    f"{one.source}: no weight matches {value!r}; its weights are named like {', '.join(names)}"
+                )
+        elif step == "scales":
+            lora = lora.scaled(value)
+        elif step == "without_extras":
+            lora = lora.without_extras(*value)
+        elif base is None:
+            raise ArgumentError(f"{one.source}: names are converted to {value!r}, which needs the base (--base)")
+        else:
+            lora = convert_names(lora, base, value)
+    return lora
+
+
+def load(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    allow_nonfinite: bool = False,
+    ignore: Collection[str] = (),
+    subfolder: str | None = None,
+    base: BaseModel | str | None = None,
+) -> LoadedLora:
+    """Load an adapter file, as `lorastack.formats.load` does, or a recipe (``NAME.toml``) as the one adapter it makes.
+
+    Parameters
+    ----------
+    base
+        For a recipe: the base that its adapters' names are converted with, where it needs one and names none.
+    name, allow_nonfinite, ignore, subfolder
+        As of `lorastack.formats.load`.
+
+    Raises
+    ------
+    FormatError
+        Listing everything that is wrong with the file.
+    ArgumentError
+        Listing everything that is wrong with the recipe.
+    """
+    given = os.fspath(path)
+    if not given.endswith(".toml"):
+        if base is not None:
+            raise ArgumentError(f"{given}: base is for recipes; to convert names, use convert_names(lora, base)")
+        return formats.load(path, name=name, allow_nonfinite=allow_nonfinite, ignore=ignore, subfolder=subfolder)
+    recipe = Recipe.read(Path(given))
+    stack = recipe.stack(base=base or recipe.base, allow_nonfinite=allow_nonfinite, ignore=ignore)
+    return stack.bake(name=name or Path(given).stem)
 
 
 def load_stack(words: Iterable[str], **options: Any) -> LoraStack:
@@ -262,62 +219,10 @@ def load_stack(words: Iterable[str], **options: Any) -> LoraStack:
     return Recipe.of_words(words).stack(**options)
 
 
-def hashes(lora: LoadedLora) -> dict[str, str]:
-    """File name -> sha256 of every file the adapter was loaded from."""
-    if lora.source is None:
-        return {}
-    files = _files(lora.source)
-    return {file.name: _sha256(file) for file in files}
-
-
-def _files(source: Path) -> Iterator[Path]:
-    if source.is_file():
-        yield source
-        return
-    names = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-    yield from (file for name in names if (file := source / name).is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _source(lora: LoadedLora) -> str:
-    """Where it came from, as `load` takes it: a path, or a hub id with its revision instead of a place in the cache."""
-    if lora.source is None:
-        return f"(in memory) {lora.name}"
-    match = re.search(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)(/.+)?$", lora.source.as_posix())
-    return f"{match[1]}/{match[2]}{match[4] or ''}@{match[3]}" if match else str(lora.source)
-
-
-_STEP_NAMES = {"scaled": "scales"}
-
-
-def _leaves(lora: LoadedLora, scale: float) -> Iterator[tuple[LoadedLora, float]]:
-    """The files behind a baked adapter that was itself stacked again."""
-    if not lora.origin or lora.history or lora.made:
-        yield lora, scale
-        return
-    for part, own in lora.origin:
-        yield from _leaves(part, own * scale)
-
-
 def _located(source: str, folder: Path | None) -> str:
     if folder is not None and not Path(source).is_absolute() and (folder / source).exists():
         return str(folder / source)
     return source
-
-
-def _table(one: Ingredient) -> dict[str, Any]:
-    table: dict[str, Any] = {"source": one.source, "scale": one.scale}
-    if one.name:
-        table["name"] = one.name
-    if one.steps:
-        table["steps"] = [{step: value} for step, value in one.steps]
-    if one.sha256:
-        table["sha256"] = dict(one.sha256)
-    return table
 
 
 def _ingredient(n: int, table: dict[str, Any], folder: Path | None, problems: Problems) -> Ingredient | None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lorastack.adapter import LazyDeltas, LoadedLora
 from lorastack.algebra.combine import available, cat, largest, weighted_sum
 from lorastack.algebra.cut import Cut, Loss, overall
 from lorastack.algebra.entries import Entry, entries_of, weights_of
@@ -17,15 +16,16 @@ from lorastack.algebra.entrywise import ByEntry
 from lorastack.algebra.method import Method
 from lorastack.base import BaseModel, open_base
 from lorastack.base.fit import misfits
-from lorastack.delta import LoraDelta, read_all
-from lorastack.dtypes import nonfinite_count
+from lorastack.core.adapter import LazyDeltas, LoadedLora
+from lorastack.core.delta import LoraDelta, read_all
+from lorastack.core.dtypes import nonfinite_count
+from lorastack.core.extras import HARMLESS, KINDS
+from lorastack.core.packed import Term
+from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError, Failures, NamingError, NonFiniteError, Problems, UnsupportedError
-from lorastack.extras import HARMLESS, KINDS
-from lorastack.packed import Term
-from lorastack.target import Naming
 
 if TYPE_CHECKING:
-    from lorastack.stack import LoraStack
+    from lorastack.core.stack import LoraStack
 
 #: Called with the weights done and the weights there are.
 Progress = Callable[[int, int], None]

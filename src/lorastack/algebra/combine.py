@@ -8,9 +8,9 @@ import numpy as np
 
 from lorastack.algebra.cut import Cut, Loss, relative_errors
 from lorastack.algebra.lowrank import Svd, delta_of, flat_shape, matrices, svd
-from lorastack.delta import LoraDelta
-from lorastack.factor import Factor, JoinedFactor
-from lorastack.packed import PackedWeight, Term
+from lorastack.core.delta import LoraDelta
+from lorastack.core.factor import Factor, JoinedFactor
+from lorastack.core.packed import PackedWeight, Term
 
 #: What float32 factors can tell of a sum: `linear` keeps the ranks above it.
 EXACT = Cut(tolerance=1e-6)

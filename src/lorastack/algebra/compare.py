@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorastack.adapter import LoadedLora
 from lorastack.algebra.entries import Entry, entries_of, weights_of
 from lorastack.algebra.intruders import IntruderSearch
 from lorastack.algebra.lowrank import Matrix, flat_shape, matrices
@@ -21,10 +20,11 @@ from lorastack.algebra.signs import sign_counts
 from lorastack.algebra.span import Span, principal_angles, span
 from lorastack.base import BaseModel, convert_names, open_base
 from lorastack.base.fit import misfits
-from lorastack.delta import LoraDelta
+from lorastack.core.adapter import LoadedLora
+from lorastack.core.delta import LoraDelta
+from lorastack.core.extras import HARMLESS, KINDS
+from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, Failures, LoraStackError, NamingError, NonFiniteError, Problems
-from lorastack.extras import HARMLESS, KINDS
-from lorastack.stack import LoraStack
 
 __all__ = ["Comparison", "IntruderSearch", "NearDuplicate", "Pairs", "compare", "principal_angles", "verdict"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from lorastack.adapter import LoadedLora
 from lorastack.base import BaseModel
 from lorastack.base.names import lora_of_adapter
-from lorastack.delta import LoraDelta
+from lorastack.core.adapter import LoadedLora
+from lorastack.core.delta import LoraDelta
+from lorastack.core.packed import PackedWeight
+from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, Problems, ShapeError
-from lorastack.packed import PackedWeight
-from lorastack.stack import LoraStack
 
 
 class Entry(NamedTuple):

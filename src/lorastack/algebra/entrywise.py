@@ -14,8 +14,8 @@ from lorastack.algebra.lowrank import Svd, matrices, svd
 from lorastack.algebra.method import Method
 from lorastack.algebra.spaces import SPACES, Coordinates
 from lorastack.algebra.tiles import Tiled, truncated_svd
-from lorastack.delta import LoraDelta
-from lorastack.packed import Term
+from lorastack.core.delta import LoraDelta
+from lorastack.core.packed import Term
 
 
 class ByEntry:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.linalg import LinAlgError
 
-from lorastack.delta import LoraDelta, read_all
-from lorastack.factor import Factor
-from lorastack.packed import PackedWeight, Term
+from lorastack.core.delta import LoraDelta, read_all
+from lorastack.core.factor import Factor
+from lorastack.core.packed import PackedWeight, Term
 
 #: Where R reaches this part of min(in, out), an SVD of the product itself is cheaper (benchmarks/algebra.py).
 DENSE_FROM = 0.9

@@ -8,9 +8,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from lorastack.adapter import LoadedLora
 from lorastack.base.model import BaseModel
-from lorastack.delta import LoraDelta
+from lorastack.core.adapter import LoadedLora
+from lorastack.core.delta import LoraDelta
 
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lorastack.adapter import LoadedLora
 from lorastack.base.model import BaseModel
 from lorastack.base.names import convert_names
+from lorastack.core.adapter import LoadedLora
 from lorastack.errors import LoraStackError
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import orjson
 
 from lorastack.base.architectures import BY_HF, Architecture, architecture_of
-from lorastack.delta import LoraDelta
+from lorastack.core.delta import LoraDelta
+from lorastack.core.target import Naming
 from lorastack.errors import FormatError, Problems, ShapeError, UnknownNameError, UnsupportedError
 from lorastack.formats.gguf import open_reader
 from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
 from lorastack.hub import resolve
-from lorastack.target import Naming
 
 #: A vocabulary has an element for each token.
 MAX_VOCABULARY = 1 << 22

@@ -15,13 +15,13 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lorastack.adapter import LazyDeltas, LoadedLora, LoraAdapter
 from lorastack.base.architectures import Architecture, architecture_of, row_order
 from lorastack.base.model import BaseModel, open_base
-from lorastack.delta import LoraDelta
+from lorastack.core.adapter import LazyDeltas, LoadedLora, LoraAdapter
+from lorastack.core.delta import LoraDelta
+from lorastack.core.factor import Factor
+from lorastack.core.target import Naming, place_of
 from lorastack.errors import NamingError, Problems, UnsupportedError
-from lorastack.factor import Factor
-from lorastack.target import Naming, place_of
 
 
 def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = None) -> LoadedLora:

@@ -8,14 +8,13 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from lorastack.cli.app import Adapters, AllowNonfinite, Force, Ignore, app
+from lorastack.cli.options import Adapters, AllowNonfinite, Force, Ignore
+from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, UnknownNameError
 from lorastack.files import check_output, whole_output
 from lorastack.recipe import load_stack
-from lorastack.stack import LoraStack
 
 
-@app.command()
 def apply(
     adapters: Adapters,
     tensor: Annotated[str, typer.Option("--tensor", "-t", metavar="NAME", help="The weight, by its own name.")],

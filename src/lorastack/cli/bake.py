@@ -8,20 +8,19 @@ from typing import Annotated
 
 import typer
 
-from lorastack.adapter import LoadedLora
 from lorastack.algebra.bake import with_coefficient
 from lorastack.base import open_base
-from lorastack.cli.app import Adapters, AllowNonfinite, Base, DropExtras, Force, Ignore, StoredType, app
 from lorastack.cli.cutting import Energy, Rank, Tolerance, loss_of, parse_ranks, parse_sweep
+from lorastack.cli.options import Adapters, AllowNonfinite, Base, DropExtras, Force, Ignore, StoredType
 from lorastack.cli.progress import byte_bar, step_bar
+from lorastack.core.adapter import LoadedLora
+from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError
 from lorastack.files import check_output
 from lorastack.formats import save
 from lorastack.recipe import Recipe
-from lorastack.target import Naming
 
 
-@app.command()
 def bake(
     adapters: Adapters,
     output: Annotated[

@@ -16,11 +16,12 @@ from rich.table import Table
 from lorastack.algebra.compare import INTRUDERS, SIGN_SAMPLES, Comparison, IntruderSearch, compare, verdict
 from lorastack.algebra.measure import WeightMeasure
 from lorastack.base import open_base
-from lorastack.cli.app import Base, Ignore, app
+from lorastack.cli.options import Base, Ignore
 from lorastack.cli.progress import step_bar
 from lorastack.formats.gguf import open_reader
 from lorastack.formats.peft_config import CONFIG_NAME
-from lorastack.recipe import Recipe, parse_entry
+from lorastack.mixture import parse_entry
+from lorastack.recipe import Recipe
 
 #: Columns of the matrix, and rows of the table of pairs; JSON has all.
 _WIDEST = 12
@@ -28,7 +29,6 @@ _PAIRS = 20
 _COLOURS = {"pile up": "yellow", "cancel": "red", "independent": "green", "no effect": "dim"}
 
 
-@app.command("compare")
 def compare_command(
     adapters: Annotated[
         list[str],

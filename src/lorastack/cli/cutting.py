@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorastack.adapter import LoadedLora
+from lorastack.core.adapter import LoadedLora
 from lorastack.errors import ArgumentError
 
 Rank = Annotated[

@@ -11,13 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from lorastack.base import open_base
-from lorastack.cli.app import Base, Ignore, app
+from lorastack.cli.options import Base, Ignore
 from lorastack.errors import LoraStackError
 from lorastack.formats import load
 from lorastack.inspect import Inspection, inspect
 
 
-@app.command("inspect")
 def inspect_command(
     adapters: Annotated[
         list[str], typer.Argument(metavar="ADAPTER...", help="GGUF files, PEFT folders or hub ids.", show_default=False)

@@ -8,14 +8,13 @@ from typing import Annotated
 import typer
 
 from lorastack.base import open_base
-from lorastack.cli.app import Adapters, Base, Force, Ignore, app
+from lorastack.cli.options import Adapters, Base, Force, Ignore
 from lorastack.cli.progress import step_bar
 from lorastack.errors import ArgumentError, require
 from lorastack.files import check_output
 from lorastack.recipe import Recipe
 
 
-@app.command()
 def report(
     adapters: Adapters,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="NAME.html", help="The page to write.")],

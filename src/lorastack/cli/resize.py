@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
-from lorastack.cli.app import AllowNonfinite, Base, DropExtras, Force, Ignore, StoredType, app
 from lorastack.cli.bake import bake
 from lorastack.cli.cutting import Energy, Rank, Tolerance
+from lorastack.cli.options import AllowNonfinite, Base, DropExtras, Force, Ignore, StoredType
 from lorastack.errors import ArgumentError
 
 
-@app.command()
 def resize(
     adapter: Annotated[
         str, typer.Argument(metavar="ADAPTER", help="A GGUF file, a PEFT folder or a hub id.", show_default=False)

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import orjson
 import typer
 
-from lorastack.cli.app import AllowNonfinite, Ignore, app
+from lorastack.cli.options import AllowNonfinite, Ignore
 from lorastack.errors import ArgumentError, require
-from lorastack.recipe import Recipe, parse_entry
+from lorastack.mixture import parse_entry
+from lorastack.recipe import Recipe
 
 
-@app.command()
 def run(
     base: Annotated[str, typer.Argument(metavar="BASE", help="A Hugging Face folder or hub id, or a GGUF file.")],
     adapters: Annotated[

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from lorastack.cli.app import AllowNonfinite, Force, Ignore, app
+from lorastack.cli.options import AllowNonfinite, Force, Ignore
 from lorastack.errors import ArgumentError, Problems, require
 from lorastack.files import check_output, whole_output
 from lorastack.recipe import Recipe
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from lorastack.torch import Tuned
 
 
-@app.command()
 def tune(
     base: Annotated[str, typer.Argument(metavar="BASE", help="A Hugging Face folder or hub id, or a GGUF file.")],
     adapters: Annotated[

@@ -9,13 +9,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lorastack.adapter import LoadedLora
+from lorastack.core.adapter import LoadedLora
 from lorastack.errors import ArgumentError, FormatError
 from lorastack.files import whole_output
 from lorastack.formats import gguf, peft
 from lorastack.formats.gguf_save import save_gguf
 from lorastack.formats.peft_config import CONFIG_NAME, read_config
 from lorastack.formats.peft_save import save_peft
+from lorastack.formats.provenance import Provenance
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.hub import resolve
 
@@ -108,14 +109,8 @@ def save(
         lora = replace(lora, metadata=MappingProxyType({**lora.metadata, "general.architecture": architecture}))
     write = save_gguf if as_gguf else save_peft
     with whole_output(path, force, folder=not as_gguf) as scratch:
-        write(lora, scratch, dtype, _recipe_of(lora) if recipe else None, progress)
+        write(lora, scratch, dtype, Provenance.of_lora(lora).to_toml() if recipe else None, progress)
     return path
-
-
-def _recipe_of(lora: LoadedLora) -> str:
-    from lorastack.recipe import Recipe
-
-    return Recipe.of_lora(lora).to_toml()
 
 
 def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:

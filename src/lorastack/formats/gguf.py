@@ -11,11 +11,11 @@ import gguf
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Q
 
-from lorastack.adapter import LazyDeltas, LoadedLora
-from lorastack.delta import LoraDelta, misfit
-from lorastack.dtypes import FLOAT32_MAX
+from lorastack.core.adapter import LazyDeltas, LoadedLora
+from lorastack.core.delta import LoraDelta, misfit
+from lorastack.core.dtypes import FLOAT32_MAX
+from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, Problems, shown
-from lorastack.factor import Factor
 from lorastack.formats.gguf_header import check_header
 
 _PLAIN = frozenset({Q.F32, Q.F16, Q.F64})

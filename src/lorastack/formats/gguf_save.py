@@ -12,12 +12,12 @@ import gguf
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Q
 
-from lorastack import dtypes
-from lorastack.adapter import LoadedLora
-from lorastack.delta import LoraDelta
+from lorastack.core import dtypes
+from lorastack.core.adapter import LoadedLora
+from lorastack.core.delta import LoraDelta
+from lorastack.core.extras import HARMLESS, KINDS
+from lorastack.core.factor import Factor
 from lorastack.errors import Failures, FormatError, Problems
-from lorastack.extras import HARMLESS, KINDS
-from lorastack.factor import Factor
 from lorastack.formats.peft import RECIPE_KEY
 
 #: GGML_MAX_NAME, the closing zero included.

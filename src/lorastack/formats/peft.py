@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from lorastack.adapter import LazyDeltas, LoadedLora
-from lorastack.delta import Kind, LoraDelta, misfit
+from lorastack.core.adapter import LazyDeltas, LoadedLora
+from lorastack.core.delta import Kind, LoraDelta, misfit
+from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, Problems, shown
-from lorastack.factor import Factor
 from lorastack.formats.peft_config import CONFIG_NAME, PeftConfig, parse_config
 from lorastack.formats.safetensors_file import FLOATS, Info, SafetensorsFile
 from lorastack.formats.torch_bin import TorchBin
@@ -55,7 +55,7 @@ def load(
         raw = {**raw, RECIPE_KEY: recipe}
     return LoadedLora(
         name=name or os.path.basename(os.path.abspath(folder)),
-        adapters=LazyDeltas(sorter.recipes, sorter.build),
+        adapters=LazyDeltas(sorter.how, sorter.build),
         extras=MappingProxyType(sorter.extras),
         metadata=MappingProxyType(raw),
         naming="hf",
@@ -86,17 +86,17 @@ _PARTS = {
 
 
 class _Sorter:
-    """Sorts a file's keys into updates (``recipes``: weight name -> how to build it) and ``extras``."""
+    """Sorts a file's keys into updates (``how``: weight name -> how to build it) and ``extras``."""
 
     def __init__(self, tensors: Tensors, config: PeftConfig, allow_nonfinite: bool, problems: Problems) -> None:
         self.tensors, self.config, self.allow, self.problems = tensors, config, allow_nonfinite, problems
-        self.recipes: dict[str, tuple[str, str, float, Kind, int]] = {}
+        self.how: dict[str, tuple[str, str, float, Kind, int]] = {}
         self.extras: dict[str, dict[str, Any]] = {}
 
     def sort(self) -> None:
         rest: list[str] = []
         b_keys = 0
-        tensors, recipes = self.tensors.tensors, self.recipes
+        tensors, how = self.tensors.tensors, self.how
         config = self.config
         rank, scaling = config.rank, config.scaling_of("")
         plain = config.uniform and not config.target_parameters
@@ -118,18 +118,18 @@ class _Sorter:
                     and shape[1]
                     and shape_b[0]
                 ):
-                    recipes[key[17:-13] + "weight"] = (key, key_b, scaling, "linear", rank)
+                    how[key[17:-13] + "weight"] = (key, key_b, scaling, "linear", rank)
                     continue
             rest.append(key)
-        if rest or b_keys != len(recipes):
+        if rest or b_keys != len(how):
             self._sort_rest(rest)
         self._check_extras()
-        if not recipes and not self.problems:
+        if not how and not self.problems:
             self.problems.add(f"{self.tensors.path}: it has no lora_A/lora_B tensors, so it would change nothing")
 
     def _sort_rest(self, rest: list[str]) -> None:
         """What the fast loop left: unusual modules, extras, halves without the other, foreign tensors."""
-        paired = {recipe[1] for recipe in self.recipes.values()}
+        paired = {one[1] for one in self.how.values()}
         rest += [key for key in self.tensors.tensors if key.endswith(".lora_B.weight") and key not in paired]
         parts: dict[str, dict[str, str]] = {"a": {}, "b": {}, "embedding_a": {}, "embedding_b": {}}
         others: list[tuple[str, str]] = []
@@ -147,8 +147,8 @@ class _Sorter:
         for key, part in others:
             self._extra(key, part)
 
-    def build(self, _: str, recipe: tuple[str, str, float, Kind, int]) -> LoraDelta:
-        key_a, key_b, scaling, kind, rank = recipe
+    def build(self, _: str, how: tuple[str, str, float, Kind, int]) -> LoraDelta:
+        key_a, key_b, scaling, kind, rank = how
         a, b = self.tensors.factor(key_a, self.allow), self.tensors.factor(key_b, self.allow)
         if kind == "experts":
             a, b = _experts(a, b, rank)
@@ -175,9 +175,9 @@ class _Sorter:
             if parameter:
                 weight, kind = parameter, "experts" if shape_a and shape_a[0] != rank else "linear"
             self._check_shapes(module, shape_a, shape_b, rank, kind)
-            if weight in self.recipes:
-                self.problems.add(f"{where}: weight {weight} has two updates, by {self.recipes[weight][0]} and {key_a}")
-            self.recipes[weight] = (key_a, key_b, scaling, kind, rank)
+            if weight in self.how:
+                self.problems.add(f"{where}: weight {weight} has two updates, by {self.how[weight][0]} and {key_a}")
+            self.how[weight] = (key_a, key_b, scaling, kind, rank)
 
     def _check_shapes(self, module: str, a: tuple[int, ...], b: tuple[int, ...], rank: int, kind: Kind) -> None:
         where = self.tensors.path
@@ -268,7 +268,7 @@ class _Sorter:
         own = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         if own.endswith(".bias") and self.config.raw.get("bias", "none") != "none":
             return "bias", own
-        if ".base_layer." in name or own in self.recipes:
+        if ".base_layer." in name or own in self.how:
             return "base_weight", own
         return "modules_to_save", own
 
@@ -289,14 +289,14 @@ class _Sorter:
     def _check_extras(self) -> None:
         raw, where = self.config.raw, self.tensors.path
         for field, kind in (("use_dora", "dora"), ("lora_bias", "lora_bias")):
-            have, want = set(self.extras.get(kind, ())), set(self.recipes) if raw.get(field) else set()
+            have, want = set(self.extras.get(kind, ())), set(self.how) if raw.get(field) else set()
             for weight in sorted(want - have):
                 self.problems.add(f"{where}: {field} is set, but {weight} has no {kind}; save the adapter again")
             for weight in sorted(have - want):
                 why = "has no lora_A and lora_B" if raw.get(field) else f"comes without {field} in {CONFIG_NAME}"
                 self.problems.add(f"{where}: the {kind} of {weight} {why}")
             for weight in sorted(have & want):
-                shape, out = self.extras[kind][weight].shape, self.tensors.tensors[self.recipes[weight][1]][1][:1]
+                shape, out = self.extras[kind][weight].shape, self.tensors.tensors[self.how[weight][1]][1][:1]
                 if out and math.prod(shape) != out[0]:
                     self.problems.add(f"{where}: the {kind} of {weight} is {shape}, its lora_B has {out[0]} rows")
         if raw.get("trainable_token_indices") and "new_tokens" not in self.extras:

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from lorastack.dtypes import FLOAT32_MAX
+from lorastack.core.dtypes import FLOAT32_MAX
 from lorastack.errors import FormatError, Problems, shown
 
 CONFIG_NAME = "adapter_config.json"

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import orjson
 
-from lorastack import dtypes
-from lorastack.adapter import LoadedLora
-from lorastack.delta import LoraDelta
+from lorastack.core import dtypes
+from lorastack.core.adapter import LoadedLora
+from lorastack.core.delta import LoraDelta
+from lorastack.core.extras import KINDS
+from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, Problems
-from lorastack.extras import KINDS
-from lorastack.factor import Factor
 from lorastack.formats.peft import PREFIX, RECIPE_KEY, WEIGHTS
 from lorastack.formats.peft_config import CONFIG_NAME
 from lorastack.formats.safetensors_save import Entry, write_safetensors

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import orjson
 
+from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, Problems, shown
-from lorastack.factor import Factor
 
 MAX_HEADER = 100_000_000
 #: What every NumPy can hold.

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, require
-from lorastack.factor import Factor
 from lorastack.formats.safetensors_file import Info
 
 _STORED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -10,7 +10,7 @@ from lorastack.files import check_output, whole_output
 
 if TYPE_CHECKING:
     from lorastack.base import BaseModel
-    from lorastack.stack import LoraStack
+    from lorastack.core.stack import LoraStack
 
 __all__ = ["report"]
 

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from lorastack.adapter import LoadedLora
 from lorastack.algebra.combine import EXACT
 from lorastack.algebra.compare import INTRUDERS, Comparison, compare
 from lorastack.algebra.cut import Loss, overall, relative_errors
 from lorastack.algebra.entries import entries_of
 from lorastack.algebra.lowrank import flat_shape, matrices, svd
 from lorastack.base import BaseModel, open_base
+from lorastack.core.adapter import LoadedLora
+from lorastack.core.stack import LoraStack
 from lorastack.inspect import Inspection, inspect
 from lorastack.recipe import Recipe
 from lorastack.report.places import Grid, grid
-from lorastack.stack import LoraStack
 
 #: The ranks that a bake is foretold at.
 RANKS = (8, 16, 32, 64)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from lorastack.target import GGUF_STEM, place_of
+from lorastack.core.target import GGUF_STEM, place_of
 
 #: The column of weights that are in no numbered layer.
 NO_LAYER = "none"

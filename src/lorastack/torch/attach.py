@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lorastack.adapter import LoadedLora, LoraAdapter
+from lorastack.core.adapter import LoadedLora, LoraAdapter
+from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError
-from lorastack.stack import LoraStack
 from lorastack.torch.handle import ATTACHED, Handle
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from lorastack.delta import LoraDelta
-from lorastack.factor import Factor
+from lorastack.core.delta import LoraDelta
+from lorastack.core.factor import Factor
 from lorastack.torch.places import Place, is_conv1d
 from lorastack.torch.tensors import to_torch
 

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from lorastack.adapter import LoadedLora, LoraAdapter
+from lorastack.core.adapter import LoadedLora, LoraAdapter
+from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, LoraStackError, Problems, UnknownNameError, UnsupportedError
-from lorastack.stack import LoraStack
 from lorastack.torch.experts import LiveParameter
 from lorastack.torch.layer import LiveLayer
 from lorastack.torch.places import Places

@@ -1,8 +1,6 @@
 """LiveLayer: the updates of all attached adapters at one module, concatenated, added to its output by a hook.
 
-``output + ((x @ A_all^T) * s) @ B_all^T``: two products however many adapters there are. ``A_all [R, in]``
-and ``B_all [out, R]`` grow with room to spare, so that a further adapter is copied in without touching
-the others; ``s [R]`` is a view of the handle's one vector of scales, which a scale change rewrites.
+``output + ((x @ A_all^T) * s) @ B_all^T``: two products however many adapters there are.
 """
 
 from __future__ import annotations
@@ -13,84 +11,25 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lorastack.torch.factors import Factors, RowMixture
 from lorastack.torch.places import Place
-from lorastack.torch.prepared import Prepared, Slot
-from lorastack.torch.rows import Mixture
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-class LiveLayer:
+class LiveLayer(Factors):
     """The factors at one place; ``hook`` adds their sum to the module's output."""
 
     def __init__(self, place: Place, dtype: torch.dtype) -> None:
+        super().__init__()
         self.place = place
         self.dtype = dtype
         self.kind = place.kind
-        self.slots: list[Slot] = []
-        self.rank = 0
-        self._a: torch.Tensor | None = None
-        self._b: torch.Tensor | None = None
-        self.a = torch.empty(0)
-        self.b = torch.empty(0)
-        self.s = torch.empty(0)
         self.bias: torch.Tensor | None = None
-        self.mixture: Mixture | None = None
-        self.mixed: Any = None
+        self.mixture: RowMixture | None = None
         self.embed_scale = getattr(place.module, "embed_scale", None) if place.kind == "embedding" else None
         self._handle: Any = None
-        self._in_order = False  # adapter after adapter instead of all at once: DoRA, or NaN that was let in
-
-    def add(self, entry: int, part: Prepared) -> None:
-        """Put an adapter's factors behind the others'."""
-        self._append(part.a, part.b, part.rank)
-        self.slots.append(Slot(entry, part.rank, part.scaling, part.dora, part.bias, part.finite))
-        self._in_order = any(slot.dora is not None or not slot.finite for slot in self.slots)
-
-    def _append(self, a: torch.Tensor, b: torch.Tensor, rank: int) -> None:
-        total = self.rank + rank
-        if self._a is None or self._b is None:
-            self._a, self._b = a, b  # the first adapter stays where it is: in its mapped file, when types agree
-        else:
-            if self._a.shape[0] < total:
-                room = max(total, 2 * self.rank) if self.rank > rank else total
-                self._a, self._b = _grown(self._a, 0, self.rank, room), _grown(self._b, 1, self.rank, room)
-            self._a[self.rank : total] = a
-            self._b[:, self.rank : total] = b
-        self.rank = total
-        self._narrow()
-
-    def remove(self, entry: int) -> None:
-        """Take an adapter's factors out; the entries behind it move up by one."""
-        kept: list[Slot] = []
-        spans: list[tuple[int, int]] = []
-        start = 0
-        for slot in self.slots:
-            if slot.entry != entry:
-                spans.append((start, start + slot.rank))
-                kept.append(slot._replace(entry=slot.entry - (slot.entry > entry)))
-            start += slot.rank
-        if len(kept) < len(self.slots) and kept and self._a is not None and self._b is not None:
-            if spans[-1][1] == sum(slot.rank for slot in kept):  # it was the last: the others stay where they are
-                self.rank = spans[-1][1]
-            else:
-                self._a = torch.cat([self._a[i:j] for i, j in spans])
-                self._b = torch.cat([self._b[:, i:j] for i, j in spans], 1)
-                self.rank = self._a.shape[0]
-            self._narrow()
-        self.slots = kept
-        self._in_order = any(slot.dora is not None or not slot.finite for slot in self.slots)
-
-    def _narrow(self) -> None:
-        assert self._a is not None
-        assert self._b is not None
-        self.a, self.b = self._a[: self.rank], self._b[:, : self.rank]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the factors held."""
-        return sum(t.numel() * t.element_size() for t in (self._a, self._b) if t is not None)
 
     def attach(self) -> None:
         """Register the hook that fits the module's kind."""
@@ -107,8 +46,8 @@ class LiveLayer:
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
         if self.mixture is not None:
-            return self.mixture.add_linear(self, x, output)
-        if self._in_order:
+            return self.mixture.add_linear(self, x, output, self.may_add_in_place(output))
+        if self.in_order:
             return self._one_by_one(x, output, lambda t, a: F.linear(t, a), lambda t, b: F.linear(t, b))
         h = F.linear(x, self.a) * self.s
         if h.dtype != output.dtype:
@@ -143,7 +82,7 @@ class LiveLayer:
             return module._conv_forward(t, a, None)  # the module's own stride, padding and dilation
 
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
-        if self._in_order and self.mixture is None:
+        if self.in_order and self.mixture is None:
             return self._one_by_one(x, output, shrink, conv)
         h = shrink(x, self.a)
         channels = 1 if h.dim() == len(module.kernel_size) + 2 else 0
@@ -190,11 +129,3 @@ class LiveLayer:
 def _input(args: Args, kwargs: Kwargs) -> torch.Tensor:
     """What the module was called with: its first argument, by place or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
-
-
-def _grown(buffer: torch.Tensor, axis: int, used: int, room: int) -> torch.Tensor:
-    shape = list(buffer.shape)
-    shape[axis] = room
-    grown = buffer.new_empty(shape)
-    grown.narrow(axis, 0, used).copy_(buffer.narrow(axis, 0, used))
-    return grown

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorastack.base.architectures import BY_HF
 from lorastack.base.model import BaseModel
-from lorastack.delta import LoraDelta
+from lorastack.core.delta import LoraDelta
 from lorastack.errors import UnsupportedError
 
 

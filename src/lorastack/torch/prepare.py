@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from lorastack.adapter import Extras, LoadedLora, LoraAdapter
 from lorastack.base.experts import join_experts
 from lorastack.base.names import convert_names
-from lorastack.delta import LoraDelta
+from lorastack.core.adapter import Extras, LoadedLora, LoraAdapter
+from lorastack.core.delta import LoraDelta
+from lorastack.core.extras import KINDS
+from lorastack.core.target import place_of
 from lorastack.errors import NonFiniteError, Problems, UnsupportedError
-from lorastack.extras import KINDS
-from lorastack.target import place_of
 from lorastack.torch.dora import Dora
 from lorastack.torch.places import Place, Places
 from lorastack.torch.prepared import Prepared

@@ -11,15 +11,13 @@ of an adapter that a row does not use cannot reach it. Reads the weights once, w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from lorastack.errors import ShapeError
-
-if TYPE_CHECKING:
-    from lorastack.torch.layer import LiveLayer
+from lorastack.torch.factors import Factors
 
 #: Gathered factors may be this many times the attached ones before rows share them instead.
 MAX_GATHERED = 8
@@ -63,13 +61,13 @@ class Mixture:
         self.active = {n for row in self.wanted for n in row}
         self._scratch: torch.Tensor | None = None
 
-    def add_linear(self, layer: LiveLayer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def add_linear(self, factors: Factors, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
         """``output`` plus every row's own sum."""
-        if layer.mixed is None:
-            layer.mixed = self._choose(layer)
-        way = layer.mixed
+        if factors.mixed is None:
+            factors.mixed = self._choose(factors)
+        way = factors.mixed
         if isinstance(way, Gathered):
-            return self._add_gathered(way, x, output, layer.may_add_in_place(output))
+            return self._add_gathered(way, x, output, in_place)
         x = x.to(way.a.dtype)
         y = F.linear(self.mask(F.linear(x, way.a), way), way.b)
         for a, b, scales in way.apart:
@@ -108,10 +106,10 @@ class Mixture:
             return self.index
         return torch.repeat_interleave(torch.arange(self.rows), self._tokens(tokens))
 
-    def scale(self, layer: LiveLayer, h: torch.Tensor) -> torch.Tensor:
+    def scale(self, factors: Factors, h: torch.Tensor) -> torch.Tensor:
         """Hidden vectors of all of the layer's adapters, ``[..., R]``, scaled row by row."""
-        scales = self._scales(layer, layer.slots).to(h.dtype)
-        return self.mask(h, Dense(layer.a, layer.b, scales, scales != 0))
+        scales = self._scales(factors, factors.slots).to(h.dtype)
+        return self.mask(h, Dense(factors.a, factors.b, scales, scales != 0))
 
     def mask(self, h: torch.Tensor, way: Dense) -> torch.Tensor:
         """``where(S != 0, h * S, 0)``, each token with its row's S."""
@@ -130,40 +128,40 @@ class Mixture:
             raise ShapeError(f"a layer got {total} tokens, which {self.rows} rows do not share; is that the batch?")
         return total // self.rows
 
-    def _choose(self, layer: LiveLayer) -> Gathered | Dense:
-        ranks = {slot.entry: slot.rank for slot in layer.slots}
+    def _choose(self, factors: Factors) -> Gathered | Dense:
+        ranks = {slot.entry: slot.rank for slot in factors.slots}
         in_use = sum(rank for entry, rank in ranks.items() if entry in self.active)
         widest = max((sum(ranks.get(n, 0) for n in row) for row in self.wanted), default=0)
-        if self.index is None and widest * DENSE_WASTE <= in_use and widest * self.rows <= MAX_GATHERED * layer.rank:
-            return self._gather(layer, max(widest, 1))
-        slots = [slot for slot in layer.slots if slot.entry in self.active and slot.finite]
-        scales = self._scales(layer, slots)
-        dtype = product_type(layer)
-        a, b = layer.a, layer.b
-        if len(slots) < len(layer.slots):
-            used = torch.tensor([slot.entry in self.active and slot.finite for slot in layer.slots])
-            picked = torch.repeat_interleave(used, torch.tensor([slot.rank for slot in layer.slots])).to(a.device)
+        if self.index is None and widest * DENSE_WASTE <= in_use and widest * self.rows <= MAX_GATHERED * factors.rank:
+            return self._gather(factors, max(widest, 1))
+        slots = [slot for slot in factors.slots if slot.entry in self.active and slot.finite]
+        scales = self._scales(factors, slots)
+        dtype = product_type(factors)
+        a, b = factors.a, factors.b
+        if len(slots) < len(factors.slots):
+            used = torch.tensor([slot.entry in self.active and slot.finite for slot in factors.slots])
+            picked = torch.repeat_interleave(used, torch.tensor([slot.rank for slot in factors.slots])).to(a.device)
             a, b = a[picked], b[:, picked]
-        return Dense(a.to(dtype), b.to(dtype), scales.to(dtype), scales != 0, self._apart(layer, dtype))
+        return Dense(a.to(dtype), b.to(dtype), scales.to(dtype), scales != 0, self._apart(factors, dtype))
 
     def _apart(
-        self, layer: LiveLayer, dtype: torch.dtype
+        self, factors: Factors, dtype: torch.dtype
     ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]:
         found, at = [], 0
-        for slot in layer.slots:
+        for slot in factors.slots:
             stop = at + slot.rank
             if not slot.finite and slot.entry in self.active:
-                scales = (self.table[:, slot.entry] * slot.scaling).to(layer.a.device, dtype)
-                found.append((layer.a[at:stop].to(dtype), layer.b[:, at:stop].to(dtype), scales))
+                scales = (self.table[:, slot.entry] * slot.scaling).to(factors.a.device, dtype)
+                found.append((factors.a[at:stop].to(dtype), factors.b[:, at:stop].to(dtype), scales))
             at = stop
         return tuple(found)
 
-    def _gather(self, layer: LiveLayer, widest: int) -> Gathered:
-        dtype = product_type(layer)
-        a = layer.a.new_zeros((self.rows, widest, layer.a.shape[1]), dtype=dtype)
-        b = layer.b.new_zeros((self.rows, widest, layer.b.shape[0]), dtype=dtype)
+    def _gather(self, factors: Factors, widest: int) -> Gathered:
+        dtype = product_type(factors)
+        a = factors.a.new_zeros((self.rows, widest, factors.a.shape[1]), dtype=dtype)
+        b = factors.b.new_zeros((self.rows, widest, factors.b.shape[0]), dtype=dtype)
         starts, at = {}, 0
-        for slot in layer.slots:
+        for slot in factors.slots:
             starts[slot.entry] = (at, slot)
             at += slot.rank
         for row, entries in enumerate(self.wanted):
@@ -172,19 +170,19 @@ class Mixture:
                 if entry in starts:
                     start, slot = starts[entry]
                     stop, end = start + slot.rank, to + slot.rank
-                    a[row, to:end] = layer.a[start:stop]
+                    a[row, to:end] = factors.a[start:stop]
                     multiplier = float(self.table[row, entry]) * slot.scaling
-                    torch.mul(layer.b[:, start:stop].t().to(dtype), multiplier, out=b[row, to:end])
+                    torch.mul(factors.b[:, start:stop].t().to(dtype), multiplier, out=b[row, to:end])
                     to = end
         return Gathered(a.transpose(1, 2).contiguous(), b)  # a quarter faster in bmm than a transposed view
 
-    def _scales(self, layer: LiveLayer, slots: list) -> torch.Tensor:
+    def _scales(self, factors: Factors, slots: list) -> torch.Tensor:
         """``[rows, R]``: each row's scale times the scaling of every rank row of these adapters."""
         parts = [(self.table[:, slot.entry, None] * slot.scaling).expand(-1, slot.rank) for slot in slots]
         whole = torch.cat(parts, 1) if parts else self.table.new_zeros((self.rows, 0))
-        return whole.to(layer.a.device)
+        return whole.to(factors.a.device)
 
 
-def product_type(layer: LiveLayer) -> torch.dtype:
+def product_type(factors: Factors) -> torch.dtype:
     """The type rows are computed in: float32 on a CPU, where products in 16 bits are many times as slow."""
-    return torch.float32 if layer.a.device.type == "cpu" and layer.a.element_size() == 2 else layer.a.dtype
+    return torch.float32 if factors.a.device.type == "cpu" and factors.a.element_size() == 2 else factors.a.dtype

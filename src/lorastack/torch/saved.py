@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lorastack.core.factor import Factor
 from lorastack.errors import Problems
-from lorastack.factor import Factor
 from lorastack.torch.places import Places, is_conv1d
 from lorastack.torch.tensors import to_torch
 

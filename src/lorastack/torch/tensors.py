@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import torch
 
-from lorastack.factor import Factor
+from lorastack.core.factor import Factor
 
 with warnings.catch_warnings():
     # Torch warns once that a read-only array could be written to through its tensor; nothing here writes to one.

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorastack.adapter import LoadedLora
+from lorastack.core.adapter import LoadedLora
+from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, LoraStackError, Problems, require
 from lorastack.recipe import Recipe
-from lorastack.stack import LoraStack
 from lorastack.torch.attach import attach_all
 from lorastack.torch.perplexity import Perplexity
 from lorastack.torch.search import Direction, Search, Trial

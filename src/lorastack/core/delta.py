@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
+from lorastack.core.factor import Factor
 from lorastack.errors import ArgumentError, NonFiniteError, ShapeError, UnsupportedError
-from lorastack.factor import Factor
 
 Kind = Literal["linear", "embedding", "experts", "conv"]
 _NDIM: dict[str, tuple[int, ...]] = {"linear": (2,), "embedding": (2,), "experts": (3,), "conv": (3, 4, 5)}

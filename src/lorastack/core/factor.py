@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from lorastack.dtypes import cast, nonfinite_count
+from lorastack.core.dtypes import cast, nonfinite_count
 from lorastack.errors import Failures, NonFiniteError
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lorastack.adapter import LoadedLora, LoraAdapter
-from lorastack.delta import compute_dtype
+from lorastack.core.adapter import LoadedLora, LoraAdapter
+from lorastack.core.delta import compute_dtype
+from lorastack.core.extras import KINDS, extras_at
+from lorastack.core.packed import PackedWeight, Term
+from lorastack.core.target import Naming, TargetModule
 from lorastack.errors import ArgumentError, NamingError, UnknownNameError, UnsupportedError
-from lorastack.extras import KINDS, extras_at
-from lorastack.packed import PackedWeight, Term
-from lorastack.target import Naming, TargetModule
 
 if TYPE_CHECKING:
     from lorastack.base import BaseModel

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lorastack.delta import LoraDelta, check_input, read_all
+from lorastack.core.delta import LoraDelta, check_input, read_all
 from lorastack.errors import ShapeError
 
 Term = tuple[float, LoraDelta]

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from lorastack.delta import Kind, LoraDelta, as_floats, read_all
+from lorastack.core.delta import Kind, LoraDelta, as_floats, read_all
+from lorastack.core.factor import Factor
+from lorastack.core.target import Naming, TargetModule, naming_of, place_of
 from lorastack.errors import ArgumentError, UnsupportedError
-from lorastack.factor import Factor
-from lorastack.target import Naming, TargetModule, naming_of, place_of
 
 if TYPE_CHECKING:
     import gguf
@@ -50,27 +50,27 @@ class LazyDeltas(Mapping[str, LoraDelta]):
     never be used would cost more than reading that header.
     """
 
-    __slots__ = ("_build", "_built", "_recipes")
+    __slots__ = ("_build", "_built", "_how")
 
-    def __init__(self, recipes: dict[str, Any], build: Callable[[str, Any], LoraDelta]) -> None:
-        self._recipes = recipes
+    def __init__(self, how: dict[str, Any], build: Callable[[str, Any], LoraDelta]) -> None:
+        self._how = how
         self._build = build
         self._built: dict[str, LoraDelta] = {}
 
     def __getitem__(self, name: str) -> LoraDelta:
         delta = self._built.get(name)
         if delta is None:
-            delta = self._built[name] = self._build(name, self._recipes[name])
+            delta = self._built[name] = self._build(name, self._how[name])
         return delta
 
     def __contains__(self, name: object) -> bool:
-        return name in self._recipes
+        return name in self._how
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._recipes)
+        return iter(self._how)
 
     def __len__(self) -> int:
-        return len(self._recipes)
+        return len(self._how)
 
     def __repr__(self) -> str:
         return f"{len(self)} deltas: {', '.join(list(self)[:3])}{', ...' if len(self) > 3 else ''}"
@@ -106,7 +106,7 @@ class LoadedLora:
     naming: Naming = "own"
     source: Path | None = None
     file_alpha: float | None = None
-    #: What views changed since it was loaded, for the recipe of what is made of it.
+    #: What views changed since it was loaded, for the provenance of what is made of it.
     history: tuple[tuple[str, Any], ...] = ()
     #: The adapters a baked one was made of, with their scales.
     origin: tuple[tuple[LoadedLora, float], ...] = ()
@@ -116,7 +116,7 @@ class LoadedLora:
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> LoadedLora:
         """Load an adapter of any format; see `lorastack.load`."""
-        from lorastack.formats import load
+        from lorastack.recipe import load
 
         return load(path, **options)
 

@@ -1,0 +1,1 @@
+"""The algebra of adapters: no file, no framework. Read in this order: delta, factor, adapter, packed, stack."""

@@ -1,0 +1,119 @@
+"""Provenance: which files an adapter was made of, at which scales, changed how: the data that a file keeps of it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import tomli_w
+
+from lorastack.core.adapter import LoadedLora
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One adapter of a recipe: where it is, its scale, what is changed after loading, what it must hash to."""
+
+    source: str
+    scale: float = 1.0
+    name: str | None = None
+    steps: tuple[tuple[str, Any], ...] = ()
+    sha256: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The ingredients of an adapter and, if known, its base."""
+
+    ingredients: tuple[Ingredient, ...]
+    base: str | None = None
+    #: How they were baked, for the reader: it is replayed as their sum, by the options given then.
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_lora(cls, lora: LoadedLora) -> Self:
+        """What ``lora`` was made of, with the hashes of the files it came from."""
+        parts = [
+            (part, scale) for whole, scale in (lora.origin or ((lora, 1.0),)) for part, scale in _leaves(whole, scale)
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(hashes, [part for part, _ in parts]))
+        ingredients = [
+            Ingredient(
+                _source(part),
+                scale,
+                part.name,
+                tuple((_STEP_NAMES.get(step, step), value) for step, value in part.history),
+                tuple(sorted(sums.items())),
+            )
+            for (part, scale), sums in zip(parts, found, strict=True)
+        ]
+        # Made again, it needs a base only where names were converted; what an adapter says of its own may be anywhere.
+        converted = [part for part, _ in parts if any(step == "names" for step, _ in part.history)]
+        bases = {part.metadata.get("base_model_name_or_path") for part in converted} - {None}
+        return cls(tuple(ingredients), bases.pop() if len(bases) == 1 else None, lora.made)
+
+    def to_toml(self) -> str:
+        """The recipe as TOML, which `parse` reads."""
+        said: dict[str, Any] = {"base": self.base} if self.base else {}
+        said["adapter"] = [_table(one) for one in self.ingredients]
+        if self.made:
+            said["lorastack"] = dict(self.made)
+        return tomli_w.dumps(said)
+
+
+def hashes(lora: LoadedLora) -> dict[str, str]:
+    """File name -> sha256 of every file the adapter was loaded from."""
+    if lora.source is None:
+        return {}
+    files = _files(lora.source)
+    return {file.name: _sha256(file) for file in files}
+
+
+def _files(source: Path) -> Iterator[Path]:
+    if source.is_file():
+        yield source
+        return
+    names = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+    yield from (file for name in names if (file := source / name).is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _source(lora: LoadedLora) -> str:
+    """Where it came from, as `load` takes it: a path, or a hub id with its revision instead of a place in the cache."""
+    if lora.source is None:
+        return f"(in memory) {lora.name}"
+    match = re.search(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)(/.+)?$", lora.source.as_posix())
+    return f"{match[1]}/{match[2]}{match[4] or ''}@{match[3]}" if match else str(lora.source)
+
+
+_STEP_NAMES = {"scaled": "scales"}
+
+
+def _leaves(lora: LoadedLora, scale: float) -> Iterator[tuple[LoadedLora, float]]:
+    """The files behind a baked adapter that was itself stacked again."""
+    if not lora.origin or lora.history or lora.made:
+        yield lora, scale
+        return
+    for part, own in lora.origin:
+        yield from _leaves(part, own * scale)
+
+
+def _table(one: Ingredient) -> dict[str, Any]:
+    table: dict[str, Any] = {"source": one.source, "scale": one.scale}
+    if one.name:
+        table["name"] = one.name
+    if one.steps:
+        table["steps"] = [{step: value} for step, value in one.steps]
+    if one.sha256:
+        table["sha256"] = dict(one.sha256)
+    return table
