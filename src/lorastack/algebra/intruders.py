@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -73,7 +74,7 @@ class IntruderSearch:
         folder = cache_folder() if self.cache is True else self.cache
         if not folder or place is None:
             return left_vectors(weight)
-        path = folder / f"{_key(place.file, name, number, weight.shape)}.npz"
+        path = folder / f"{_key(place.files, name, number, weight.shape)}.npz"
         return _read(path) or _write(path, left_vectors(weight))
 
 
@@ -175,10 +176,10 @@ def _whole(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return values[::-1][:count], vectors[:, ::-1][:, :count]
 
 
-def _key(file: Path, name: str, number: int, shape: tuple[int, ...]) -> str:
+def _key(files: Sequence[Path], name: str, number: int, shape: tuple[int, ...]) -> str:
     """Another file, or a file written since, has another key; so has a weight that is taken the other way round."""
-    status = file.stat()
-    said = (str(file.resolve()), status.st_size, status.st_mtime_ns, name, number, shape)
+    states = [(str(file.resolve()), (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
+    said = (*states, name, number, shape)
     return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
 
 

@@ -38,19 +38,37 @@ _LISTED = (
     Architecture("Gemma3ForCausalLM", "gemma3", "keep"),
     Architecture("PhiForCausalLM", "phi2", "keep"),
     Architecture("Phi3ForCausalLM", "phi3", "keep"),
+    Architecture("Qwen2VLForConditionalGeneration", "qwen2vl", "keep"),
+    Architecture("Qwen2_5_VLForConditionalGeneration", "qwen2vl", "keep"),
     Architecture("GPT2LMHeadModel", "gpt2", "keep", "transformer"),
     Architecture("BloomForCausalLM", "bloom", "fused", "transformer"),
     Architecture("GPTNeoXForCausalLM", "gptneox", "fused", "gpt_neox"),
 )
 BY_HF = {a.hf: a for a in _LISTED}
+#: `model_type` of the text part -> the class that it is by itself, for models with pictures or sound beside it.
+_BY_TEXT = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
 #: "llama" stands for several classes with one rule.
 BY_GGUF = {a.gguf: a for a in reversed(_LISTED)}
 
 Permute = Callable[[np.ndarray], np.ndarray]
 
 
-def architecture_of(name: str | None, naming: str) -> Architecture:
+def architecture_of(name: str | None, naming: str, text_type: str | None = None) -> Architecture:
     """The listed architecture of that Hugging Face class or GGUF architecture.
+
+    A class that wraps a text model (``text_type`` is its ``model_type``) is converted as that text model; a backbone
+    saved by itself (``LlamaModel``) as the whole.
 
     Raises
     ------
@@ -60,6 +78,11 @@ def architecture_of(name: str | None, naming: str) -> Architecture:
     table = BY_GGUF if naming == "gguf" else BY_HF
     if name in table:
         return table[name]
+    if naming == "hf":
+        stem = (name or "").removesuffix("Model")
+        for other in (_BY_TEXT.get(text_type or ""), f"{stem}ForCausalLM", f"{stem}LMHeadModel"):
+            if other in table:
+                return table[other]
     raise UnsupportedError(
         f"architecture {name!r}: its row order between Hugging Face and GGUF is not known here, so names are not "
         f"converted; known are {', '.join(sorted(table))}"

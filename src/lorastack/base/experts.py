@@ -1,67 +1,143 @@
-"""Experts between GGUF, which keeps gate and up apart, and models that keep them as one parameter."""
+"""The experts of a layer: one by one, all in one parameter, or gate and up apart as GGUF keeps them.
+
+An update under one spelling is an update under the others, exactly: ``[B_gate A_gate; B_up A_up]`` is the product of a
+block-diagonal B with A's side by side, and the rows of B that gate has are the update of gate.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
-from lorastack.base.model import BaseModel
-from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
+from lorastack.core.factor import Factor
+from lorastack.errors import Failures, ShapeError
 
-_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
-
-
-def expert_keys(base: BaseModel) -> dict[tuple[int, str], str]:
-    """(layer, parameter) -> the base's own key of its fused expert parameters."""
-    keys = {}
-    for key in base.shapes:
-        match = re.fullmatch(r".*\.layers\.(\d+)\..*experts\.(gate_up_proj|down_proj)", key)
-        if match:
-            keys[int(match[1]), match[2]] = key
-    return keys
+_SINGLE = re.compile(r"(?P<block>.+\.experts)\.(?P<number>\d+)\.(?P<layer>[a-z0-9_]+)\.weight")
+_FUSED = re.compile(r"(?P<block>.+\.experts)\.(?P<parameter>gate_up_proj|down_proj)")
+#: What one expert's layers are called, by what they are.
+LAYERS = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
+_PART = {layer: part for part, layers in LAYERS.items() for layer in layers}
 
 
-def join_experts(lora: LoadedLora, base: BaseModel) -> LoadedLora:
-    """A GGUF adapter with each layer's gate and up experts as one update of ``gate_up_proj``, exactly.
+def single(name: str) -> tuple[str, int, str] | None:
+    """(block, number, part) of the weight of one expert; None for any other.
 
-    ``[B_gate A_gate; B_up A_up]`` is the product of a block-diagonal B with A's side by side. Adapters
-    without experts, and bases without fused ones, are left as they are.
+    >>> single("model.layers.0.mlp.experts.3.w2.weight")
+    ('model.layers.0.mlp.experts', 3, 'down')
     """
-    keys = expert_keys(base)
-    found = {name: match for name in lora.adapters if (match := _EXPERTS.fullmatch(name))}
-    if not keys or not found:
-        return lora
-    deltas: dict[str, LoraDelta] = {}
-    for name, delta in lora.adapters.items():
-        match = found.get(name)
-        layer = int(match[1]) if match else -1
-        if match is None:
-            deltas[name] = delta
-        elif match[2] == "down" and (layer, "down_proj") in keys:
-            deltas[keys[layer, "down_proj"]] = delta
-        elif (layer, "gate_up_proj") in keys:
-            key = keys[layer, "gate_up_proj"]
-            if key not in deltas:
-                pair = [lora.get(f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up")]
-                deltas[key] = _side_by_side(pair[0], pair[1])
-        else:
-            deltas[name] = delta
-    return replace(lora, adapters=MappingProxyType(deltas))
+    match = _SINGLE.fullmatch(name)
+    part = _PART.get(match["layer"]) if match else None
+    return (match["block"], int(match["number"]), part) if match and part else None
 
 
-def _side_by_side(gate: LoraDelta | None, up: LoraDelta | None) -> LoraDelta:
-    one = gate or up
-    assert one is not None
-    experts, half = one.num_experts or 0, one.out_features
-    parts = [(n, delta) for n, delta in enumerate((gate, up)) if delta is not None]
-    a = np.concatenate([delta.a.astype(np.float32) for _, delta in parts], 1)
-    b = np.zeros((experts, 2 * half, a.shape[1]), np.float32)
-    start = 0
-    for n, delta in parts:
-        b[:, n * half : (n + 1) * half, start : start + delta.rank] = delta.b.astype(np.float32) * delta.scaling
+def fused(name: str) -> tuple[str, str] | None:
+    """(block, parameter) of the parameter that holds all experts; None for any other.
+
+    >>> fused("model.layers.0.mlp.experts.gate_up_proj")
+    ('model.layers.0.mlp.experts', 'gate_up_proj')
+    """
+    match = _FUSED.fullmatch(name)
+    return (match["block"], match["parameter"]) if match else None
+
+
+def together(parts: Mapping[int, LoraDelta], experts: int) -> LoraDelta:
+    """Updates of single experts, by number, as one update of all ``experts``; those that are absent are zero.
+
+    Raises
+    ------
+    ShapeError
+        When they do not have one shape.
+    """
+    shapes = {(delta.in_features, delta.out_features) for delta in parts.values()}
+    if len(shapes) > 1 or max(parts) >= experts:
+        said = ", ".join(f"{n}: {delta.in_features} -> {delta.out_features}" for n, delta in parts.items())
+        raise ShapeError(f"these updates are not of {experts} experts of one shape: {said}")
+    ((n_in, n_out),) = shapes
+    rank = max(delta.rank for delta in parts.values())
+    common = _common([delta.scaling for delta in parts.values()])
+    places = [
+        [
+            (delta.factors[0], 1.0, (n, slice(0, delta.rank))),
+            (delta.factors[1], _over(delta.scaling, common), (n, slice(None), slice(0, delta.rank))),
+        ]
+        for n, delta in parts.items()
+    ]
+    a = _filled((experts, rank, n_in), [at[0] for at in places])
+    b = _filled((experts, n_out, rank), [at[1] for at in places])
+    return LoraDelta(a, b, common, "experts")
+
+
+def beside(gate: LoraDelta | None, up: LoraDelta | None) -> LoraDelta:
+    """The updates of gate and up, ``[E, out, in]`` each, as one of the parameter that holds both, gate's rows first.
+
+    One of the two may be absent.
+    """
+    there = [(n, delta) for n, delta in enumerate((gate, up)) if delta is not None]
+    first = there[0][1]
+    half, experts, n_in = first.out_features, first.num_experts or 0, first.in_features
+    if any((d.out_features, d.num_experts, d.in_features) != (half, experts, n_in) for _, d in there):
+        raise ShapeError(f"the updates of gate and up differ in shape: {', '.join(str(d) for _, d in there)}")
+    common = _common([delta.scaling for _, delta in there])
+    rank = sum(delta.rank for _, delta in there)
+    a_places, b_places, start = [], [], 0
+    for n, delta in there:
+        ranks = slice(start, start + delta.rank)
+        a_places.append((delta.factors[0], 1.0, (slice(None), ranks)))
+        rows = slice(n * half, (n + 1) * half)
+        b_places.append((delta.factors[1], _over(delta.scaling, common), (slice(None), rows, ranks)))
         start += delta.rank
-    return LoraDelta(a, b, 1.0, "experts")
+    return LoraDelta(
+        _filled((experts, rank, n_in), a_places), _filled((experts, 2 * half, rank), b_places), common, "experts"
+    )
+
+
+def halves(both: LoraDelta) -> tuple[LoraDelta, LoraDelta]:
+    """The updates of gate and of up in one of the parameter that holds both."""
+    a, b = both.factors
+    half = both.out_features // 2
+    shape = (b.shape[0], half, b.shape[2])
+    gate, up = b.mapped(lambda x: x[:, :half], shape), b.mapped(lambda x: x[:, half:], shape)
+    return LoraDelta(a, gate, both.scaling, "experts"), LoraDelta(a, up, both.scaling, "experts")
+
+
+def one_of(delta: LoraDelta, number: int) -> LoraDelta:
+    """The update of a single expert in one of all."""
+    a, b = (factor.mapped(lambda x: x[number], factor.shape[1:]) for factor in delta.factors)
+    return LoraDelta(a, b, delta.scaling, "linear")
+
+
+#: A factor, what it is multiplied by, and where it lies in the whole.
+_Place = tuple[Factor, float, tuple[int | slice, ...]]
+
+
+def _filled(shape: tuple[int, ...], places: Sequence[_Place]) -> Factor:
+    """A factor that is zero but for its parts, put together when it is read."""
+    kinds = {factor.dtype for factor, _, _ in places}
+    plain = len(kinds) == 1 and all(times == 1.0 for _, times, _ in places)
+    dtype = kinds.pop() if plain else np.dtype(np.float32)
+
+    def read() -> np.ndarray:
+        whole = np.zeros(shape, dtype)
+        failures = Failures("factors of experts cannot be used")
+        for factor, times, at in places:
+            part = failures.get(partial(factor.cast, times, dtype))
+            if part is not None:
+                whole[at] = part
+        failures.raise_any()
+        return whole
+
+    first = places[0][0]
+    return Factor(shape, dtype, read, first.label, any(f.allow_nonfinite for f, _, _ in places), first.stored)
+
+
+def _common(scalings: Sequence[float]) -> float:
+    """The scaling of all, where it is one; else 1, and each is folded into its B."""
+    return scalings[0] if len(set(scalings)) == 1 else 1.0
+
+
+def _over(scaling: float, common: float) -> float:
+    return 1.0 if scaling == common else scaling

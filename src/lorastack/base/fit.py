@@ -1,30 +1,103 @@
-"""Whether an adapter fits a base: every weight there, of the right shape, for the right architecture."""
+"""Whether an adapter fits a base: every weight and every extra there, of the right shape and architecture."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from lorastack.base.hint import elsewhere
 from lorastack.base.model import BaseModel
-from lorastack.base.names import convert_names
+from lorastack.base.names import convert_names, tied_in_gguf
+from lorastack.base.settle import settle
 from lorastack.core.adapter import LoadedLora
+from lorastack.core.extras import KINDS, NEVER_LIVE
+from lorastack.core.factor import Factor
 from lorastack.errors import LoraStackError
+
+#: An embedding saved along is the base's own where it is as near as rounding to 16 bits leaves it.
+SAME_RTOL, SAME_ATOL = 1e-2, 1e-3
 
 
 def misfits(lora: LoadedLora, base: BaseModel) -> list[str]:
     """Everything of ``lora`` that has no place in ``base``, a line each; empty when it fits.
 
-    Names of the other kind are converted first, where the base allows it.
+    Names of the other kind, and of other saves, are converted first, where the base allows it. What attaching the
+    adapter to the live model would refuse is refused here.
     """
     found = []
     said = lora.metadata.get("general.architecture")
     if said and lora.naming == base.naming == "gguf" and said != base.architecture_name:
         found.append(f"it is for architecture {said!r}, the base is {base.architecture_name!r}")
-    if lora.naming != base.naming:
-        try:
-            lora = convert_names(lora, base, base.naming)
-        except LoraStackError as error:
-            return found + list(error.problems or [str(error)])
+    try:
+        lora = convert_names(lora, base, base.naming) if lora.naming not in (base.naming, "own") else settle(lora, base)
+    except LoraStackError as error:
+        return found + list(error.problems or [str(error)])
+    strangers = [name for name in lora.adapters if name not in base.shapes]
+    if hint := elsewhere(strangers, lora, base):
+        found.append(hint)
     for name, delta in lora.adapters.items():
         if name not in base.shapes:
-            found.append(f"weight {name} is none of the base's {len(base.shapes)} weights")
+            found.append(f"weight {name} is none of the base's {base.count} weights")
         elif problem := base.misfit(name, delta):
             found.append(problem)
-    return found
+        elif base.naming == "gguf" and (problem := tied_in_gguf(name, base)):
+            found.append(f"weight {name}: {problem}")
+    return found + [line for kind, values in lora.extras.items() for line in _extra(kind, values, lora, base)]
+
+
+def same_numbers(saved: np.ndarray, own: np.ndarray) -> bool:
+    """Whether an embedding that an adapter saved along is the base's own."""
+    return saved.shape == own.shape and bool(
+        np.allclose(own.astype(np.float32), saved.astype(np.float32), rtol=SAME_RTOL, atol=SAME_ATOL)
+    )
+
+
+def _extra(kind: str, values: Mapping[str, Any], lora: LoadedLora, base: BaseModel) -> Iterator[str]:
+    """What of one kind of extras does not fit."""
+    if kind in NEVER_LIVE:
+        yield f"{kind}: {KINDS[kind]}, which cannot be honoured"
+        return
+    for name, value in values.items():
+        if kind in ("dora", "lora_bias"):
+            yield from _beside(kind, name, value, lora, base)
+        elif kind == "new_tokens":
+            ids, rows = value
+            yield from _tokens(name, ids, rows, base)
+        elif name not in base.shapes:
+            yield f"{kind} {name} is none of the base's {base.count} weights"
+        elif base.shapes[name] and value.shape != base.shapes[name]:
+            yield f"{kind} {name} is {list(value.shape)}, the base's {list(base.shapes[name])}"
+        elif kind == "base_weight" and name in base.stored and not base.quantised:
+            if not same_numbers(value.raw(), base.weight(name)):
+                yield changed_base(name, value.shape, base.shapes[name])
+
+
+def changed_base(name: str, saved: tuple[int, ...], own: tuple[int, ...]) -> str:
+    """The word for an embedding saved along that is not the base's own."""
+    return (
+        f"saved base weight {name} {list(saved)} differs from the model's {list(own)}: the adapter was trained on a "
+        "changed base; load it into the model first, or leave it out with without_extras('base_weight')"
+    )
+
+
+def _beside(kind: str, name: str, value: Factor, lora: LoadedLora, base: BaseModel) -> Iterator[str]:
+    delta = lora.get(name)
+    if delta is None:
+        yield f"{kind} {name} goes with no update"
+    elif delta.kind not in ("linear", "conv"):
+        yield f"{kind} {name}: it needs a linear layer or a convolution, this update is of {delta.kind}"
+    elif math.prod(value.shape) != delta.out_features:
+        yield f"{kind} {name} is {list(value.shape)}, the weight has {delta.out_features} rows"
+    elif kind == "dora" and base.quantised and not base.shapes.get(name):
+        yield f"dora {name}: DoRA needs the weight's own numbers, which this base holds packed"
+
+
+def _tokens(name: str, ids: tuple[int, ...], rows: Factor, base: BaseModel) -> Iterator[str]:
+    shape = base.shapes.get(name)
+    if shape is None or (len(shape) == 2 and shape[1] != rows.shape[-1]):
+        yield f"token rows of {name}: the base has no embedding of width {rows.shape[-1]} there"
+    elif shape and ids and max(ids) >= shape[0]:
+        yield f"token rows of {name}: token {max(ids)} is outside the vocabulary of {shape[0]}"

@@ -1,35 +1,28 @@
-"""BaseModel: the names and shapes of a base's weights, read from its headers alone; a weight only when asked for."""
+"""BaseModel: the names and shapes of a base's weights; a weight is read only when asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
-import orjson
 
-from lorastack.base.architectures import BY_HF, Architecture, architecture_of
+from lorastack.base.architectures import Architecture, architecture_of
+from lorastack.base.spelling import TEXT_PARTS, other_spellings
+from lorastack.base.tables import Rename, renaming_of_config
 from lorastack.core.delta import LoraDelta
 from lorastack.core.target import Naming
-from lorastack.errors import FormatError, Problems, ShapeError, UnknownNameError, UnsupportedError
-from lorastack.formats.gguf import open_reader
-from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
-from lorastack.hub import resolve
-
-#: A vocabulary has an element for each token.
-MAX_VOCABULARY = 1 << 22
-_BASE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf")
+from lorastack.errors import FormatError, ShapeError, UnknownNameError, UnsupportedError
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One weight of a base in its file."""
+    """One weight of a base: the files it lies in, several for experts that are kept one by one, and how to read it."""
 
-    file: Path
+    files: tuple[Path, ...]
     read: Callable[[], np.ndarray]
 
 
@@ -37,8 +30,19 @@ class Stored:
 class BaseModel:
     """A base model's weight names, shapes and configuration; no weight is read before `weight` asks for it.
 
-    ``shapes`` maps every weight to its shape, in NumPy's order (``[out, in]``); ``stored`` to its place on the disk,
-    empty for a model in memory.
+    Attributes
+    ----------
+    shapes
+        Every weight, by the live model's name for it, with its shape in NumPy's order (``[out, in]``); ``()``
+        where that cannot be told, of packed weights above all.
+    stored
+        Its place on the disk; empty for a model in memory.
+    prefix
+        What the model's class puts before the names of its backbone (``base_model_prefix``); None: not known.
+    tied
+        Names of ``shapes`` that are another weight under a second name: the head of a model that ties it.
+    renaming
+        transformers' own renaming of this model, for a live one; a base from files asks for it when it is needed.
     """
 
     name: str
@@ -47,11 +51,67 @@ class BaseModel:
     config: Mapping[str, Any] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     stored: Mapping[str, Stored] = field(default_factory=dict, repr=False, compare=False)
+    prefix: str | None = None
+    tied: Mapping[str, str] = field(default_factory=dict, repr=False)
+    renaming: Callable[[], Rename | None] | None = field(default=None, repr=False, compare=False)
+
+    def own_name(self, name: str) -> str | None:
+        """The base's own name of the weight that an adapter calls ``name``; None when it has none.
+
+        transformers' tables are asked last: building a class takes a second.
+        """
+        if name in self.shapes or self.naming != "hf":
+            return name if name in self.shapes else None
+        model_type = self.config.get("model_type")
+        for other in other_spellings(name, model_type, self.prefix, self._first_parts):
+            if other in self.shapes:
+                return other
+        rename, live = self._tables
+        if rename is None:
+            return None
+        for spelt in (name, rename(name)):
+            own = live.get(spelt, spelt)
+            if own in self.shapes and not self._of_a_text_model(name, own):
+                return own
+        return None
+
+    def _of_a_text_model(self, name: str, own: str) -> bool:
+        """Whether a text model calls its weight ``name`` too: the adapter may be one's, and is not taken silently."""
+        return bool(self.text_prefix) and name.startswith("model.") and own == self.text_prefix + name[len("model.") :]
+
+    @property
+    def count(self) -> int:
+        """How many weights the base has, those under a second name left out."""
+        return len(self.shapes) - len(self.tied)
+
+    def experts_in(self, name: str) -> int | None:
+        """How many experts the parameter ``name`` holds; None where its shape is not known."""
+        shape = self.shapes.get(name)
+        return shape[0] if shape and len(shape) == 3 else None
+
+    @cached_property
+    def text_prefix(self) -> str:
+        """What stands before the text part's names in a model with pictures or sound; empty for a text model."""
+        return next((part for part in TEXT_PARTS if any(name.startswith(part) for name in self.shapes)), "")
+
+    @cached_property
+    def _first_parts(self) -> frozenset[str]:
+        return frozenset(name.partition(".")[0] for name in self.shapes)
+
+    @cached_property
+    def _tables(self) -> tuple[Rename | None, dict[str, str]]:
+        """transformers' renaming, and what it makes of the base's own names."""
+        rename = self.renaming() if self.renaming else renaming_of_config(self.config)
+        live = {} if rename is None else {spelt: name for name in self.shapes if (spelt := rename(name)) != name}
+        return rename, live
 
     @cached_property
     def architecture(self) -> Architecture:
         """The listed architecture; UnsupportedError when its row order is not known."""
-        return architecture_of(self.architecture_name, self.naming)
+        text = self.config.get("text_config")
+        return architecture_of(
+            self.architecture_name, self.naming, text.get("model_type") if isinstance(text, dict) else None
+        )
 
     @property
     def layers(self) -> int:
@@ -67,6 +127,11 @@ class BaseModel:
     def kv_heads(self) -> int:
         """Key/value heads; as many as heads when the configuration names none."""
         return self._number("attention.head_count_kv", "num_key_value_heads", default=self.heads)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are packed in a way of their own: bitsandbytes, GPTQ, AWQ, FP8 with scales beside it."""
+        return bool(self.config.get("quantization_config"))
 
     def weight(self, name: str) -> np.ndarray:
         """The weight ``name`` in float32 (float64 where the file has that), as stored: see `shapes`.
@@ -84,7 +149,7 @@ class BaseModel:
         if place is None:
             why = "it has no such weight" if self.stored else "it is in memory only, open it with open_base(path)"
             raise UnknownNameError(f"base {self.name}: weight {name} cannot be read; {why}")
-        if self.config.get("quantization_config"):
+        if self.quantised:
             raise UnsupportedError(
                 f"base {self.name}: its weights are quantised (quantization_config), which is not read here; "
                 "give the model it was made from"
@@ -118,7 +183,7 @@ class BaseModel:
         """Say why ``delta`` is no update of the weight ``name``; None when it is, or its shape cannot be told."""
         shape = self.shapes.get(name)
         # A quantised weight is stored packed, in a shape of its own.
-        if not shape or self.config.get("quantization_config") or shape in (wanted := self._shapes(name, delta)):
+        if not shape or self.quantised or shape in (wanted := self._shapes(name, delta)):
             return None
         changes = " or ".join(str(list(s)) for s in wanted)
         return f"weight {name} is {list(shape)} in the base, this adapter changes {changes}"
@@ -142,101 +207,12 @@ class BaseModel:
 
     def _number(self, gguf_key: str, *hf_keys: str, default: int | None = None) -> int:
         keys = [f"{self.architecture_name}.{gguf_key}"] if self.naming == "gguf" else list(hf_keys)
-        for key in keys:
-            value = self.config.get(key)
-            if isinstance(value, int) and value > 0:
-                return value
+        text = self.config.get("text_config")
+        for said in (self.config, text if isinstance(text, dict) else {}):
+            for key in keys:
+                value = said.get(key)
+                if isinstance(value, int) and value > 0:
+                    return value
         if default is not None:
             return default
         raise FormatError(f"base {self.name}: its configuration names no {' or '.join(keys)}")
-
-
-def open_base(path: str | Path) -> BaseModel:
-    """The base in a Hugging Face folder, a GGUF file, or under a hub id.
-
-    Raises
-    ------
-    FormatError
-        When it is neither, or damaged.
-    """
-    given = str(path)
-    where = resolve(given, patterns=_BASE_FILES)
-    if where.is_dir() and not (where / "config.json").exists():
-        files = sorted(where.glob("*.gguf"))
-        if len(files) != 1:
-            raise FormatError(f"base {given}: it has no config.json and {len(files)} .gguf files; name one of them")
-        where = files[0]
-    return _from_folder(where, given) if where.is_dir() else _from_gguf(where, given)
-
-
-def _from_gguf(path: Path, given: str) -> BaseModel:
-    reader = open_reader(path, max_elements=MAX_VOCABULARY)
-    config = {key: f.contents() for key, f in reader.fields.items() if not key.startswith(("GGUF.", "tokenizer."))}
-    if config.get("general.type") == "adapter":
-        raise FormatError(f"base {given}: it is an adapter (general.type), give the model it was trained on")
-    shapes = {t.name: tuple(int(n) for n in reversed(t.shape.tolist())) for t in reader.tensors}
-    stored = {t.name: Stored(path, partial(_dequantised, t, given)) for t in reader.tensors}
-    return BaseModel(given, "gguf", config.get("general.architecture"), config, shapes, stored)
-
-
-def _dequantised(tensor: gguf.ReaderTensor, given: str) -> np.ndarray:
-    try:
-        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    except (NotImplementedError, ValueError, KeyError) as error:
-        kind = tensor.tensor_type.name
-        raise UnsupportedError(f"base {given}: tensor {tensor.name} of type {kind} cannot be read: {error}") from error
-    return array.reshape(tuple(int(n) for n in reversed(tensor.shape.tolist())))
-
-
-def _from_folder(folder: Path, given: str) -> BaseModel:
-    try:
-        config = orjson.loads((folder / "config.json").read_bytes())
-    except ValueError as error:
-        raise FormatError(f"base {given}: its config.json is no JSON ({error})") from error
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FormatError(f"base {given}: it has no .safetensors file; convert the model with save_pretrained()")
-    shapes: dict[str, tuple[int, ...]] = {}
-    stored: dict[str, Stored] = {}
-    for path in files:
-        file = SafetensorsFile(path)
-        for name, info in file.tensors.items():
-            shapes[name] = info[1]
-            stored[name] = Stored(path, partial(_floats, file, name, given))
-    _check_index(folder, given, shapes)
-    names = config.get("architectures") or [None]
-    full = _prefixed(list(shapes), names[0])
-    return BaseModel(
-        given,
-        "hf",
-        names[0],
-        config,
-        {full[name]: shape for name, shape in shapes.items()},
-        {full[name]: place for name, place in stored.items()},
-    )
-
-
-def _floats(file: SafetensorsFile, name: str, given: str) -> np.ndarray:
-    stored = file.tensors[name][0]
-    if stored not in FLOATS:
-        raise UnsupportedError(f"base {given}: tensor {name} is {stored}, no floating-point weight")
-    array = file.factor(name, allow_nonfinite=True).take()
-    return array if stored == "F64" else array.astype(np.float32)
-
-
-def _prefixed(names: list[str], architecture: str | None) -> dict[str, str]:
-    """Each name as the model's class has it: some files on the hub (GPT-2's) leave out its prefix."""
-    prefix = BY_HF[architecture].prefix + "." if architecture in BY_HF else ""
-    if any(name.startswith(prefix) for name in names):
-        prefix = ""
-    return {name: name if name.startswith(("lm_head", "embed_out")) else prefix + name for name in names}
-
-
-def _check_index(folder: Path, given: str, shapes: Mapping[str, Any]) -> None:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        problems = Problems(f"base {given} is incomplete")
-        missing = sorted(set(orjson.loads(index.read_bytes()).get("weight_map", {})) - set(shapes))
-        if missing:
-            problems.add(f"{len(missing)} weights of its index are in no file, such as {missing[0]}; fetch it whole")
-        problems.raise_any(FormatError)

@@ -16,11 +16,15 @@ import gguf
 import numpy as np
 
 from lorastack.base.architectures import Architecture, architecture_of, row_order
-from lorastack.base.model import BaseModel, open_base
+from lorastack.base.gguf_experts import gguf_experts, hf_experts
+from lorastack.base.model import BaseModel
+from lorastack.base.opening import open_base
+from lorastack.base.settle import settle
+from lorastack.base.spelling import TEXT_PARTS
 from lorastack.core.adapter import LazyDeltas, LoadedLora, LoraAdapter
 from lorastack.core.delta import LoraDelta
 from lorastack.core.factor import Factor
-from lorastack.core.target import Naming, place_of
+from lorastack.core.target import Naming, TargetModule, place_of
 from lorastack.errors import NamingError, Problems, UnsupportedError
 
 
@@ -33,7 +37,8 @@ def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = N
         The model it was trained on: a Hugging Face folder, a hub id, or a GGUF file. From GGUF names to
         Hugging Face names it must be a Hugging Face base, whose key list the names come from.
     to
-        ``"gguf"`` or ``"hf"``; the other kind than the adapter's when not given.
+        ``"gguf"`` or ``"hf"``; the other kind than the adapter's when not given. The adapter's own kind settles it
+        under the names of this base: those of an older save, or of a backbone saved by itself, become today's.
 
     Raises
     ------
@@ -45,11 +50,12 @@ def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = N
     base = base if isinstance(base, BaseModel) else open_base(base)
     to = to or ("hf" if lora.naming == "gguf" else "gguf")
     if lora.naming == to:
-        return lora
+        return settle(lora, base)
     if lora.naming == "own":
         raise NamingError(f"{lora.name} has names of its own; only GGUF and Hugging Face names can be converted")
     arch = base.architecture
     _check_architecture(lora, base, arch)
+    lora = gguf_experts(settle(lora, base), base) if to == "gguf" else hf_experts(lora, base)
     names = to_gguf_names(lora, base) if to == "gguf" else to_hf_names(lora, base)
     _check_shapes(lora, base, names)
 
@@ -90,7 +96,7 @@ def lora_of_adapter(adapter: LoraAdapter, base: BaseModel, naming: Naming | None
         raise UnsupportedError(
             f"{type(adapter).__name__} has no ``layers``, so its weights cannot be listed; add them to bake it"
         )
-    places = {place: key for key in base.shapes if (place := place_of(key))}
+    places = names_of_places(base, adapter)
     problems = Problems(f"{type(adapter).__name__} does not fit base {base.name}")
     deltas: dict[str, LoraDelta] = {}
     for target in adapter.target_modules:
@@ -113,6 +119,27 @@ def lora_of_adapter(adapter: LoraAdapter, base: BaseModel, naming: Naming | None
     return lora if naming == base.naming else convert_names(lora, base, naming)
 
 
+def names_of_places(base: BaseModel, adapter: LoraAdapter) -> dict[tuple[TargetModule, int], str]:
+    """(target module, layer) -> the base's weight there; of a model with pictures or sound, those of its text part.
+
+    Raises
+    ------
+    NamingError
+        Listing every place that the adapter covers and the base has twice, as in an encoder and a decoder.
+    """
+    places: dict[tuple[TargetModule, int], str] = {}
+    problems = Problems(f"{type(adapter).__name__} does not fit base {base.name}")
+    for name in base.shapes:
+        place = place_of(name) if name.startswith(base.text_prefix) else None
+        if place is None:
+            continue
+        if place in places and adapter.delta(*place) is not None:
+            problems.add(f"{place[0]} of layer {place[1]} is {places[place]} and {name}; use an adapter by weight name")
+        places[place] = name
+    problems.raise_any(NamingError)
+    return places
+
+
 def _metadata(base: BaseModel) -> Mapping[str, Any]:
     said = _hf_metadata(base) if base.naming == "hf" else {"general.architecture": base.architecture_name}
     return MappingProxyType(said)
@@ -128,23 +155,56 @@ def move_rows(delta: LoraDelta, permute: Any) -> LoraDelta:
 
 def to_gguf_names(lora: LoadedLora, base: BaseModel) -> dict[str, str]:
     """Hugging Face name -> GGUF name of every weight; NamingError lists those that have none."""
-    table = _name_map(base.architecture.gguf, base.layers)
     problems = Problems(f"{lora.name} does not fit base {base.name}")
     names: dict[str, str] = {}
     taken: dict[str, str] = {}
     for name in lora.adapters:
-        found = table.get_name(name, try_suffixes=(".weight",))
-        if found is None:
+        found = gguf_name(name, base)
+        if found is None and base.text_prefix and not name.startswith(base.text_prefix):
+            problems.add(
+                f"weight {name} is not of the text part; llama.cpp keeps pictures and sound in a file of its own "
+                "(mmproj), which takes no adapter: leave it out with select()"
+            )
+        elif found is None:
             problems.add(f"weight {name} has no GGUF name in architecture {base.architecture.gguf}")
         elif found in taken:
             problems.add(f"weights {taken[found]} and {name} are both {found}")
         elif base.naming == "gguf" and found not in base.shapes:
             problems.add(f"weight {name} is {found}, which the base lacks")
+        elif problem := tied_in_gguf(found, base):
+            problems.add(f"weight {name}: {problem}")
         else:
             names[name] = found
             taken[found] = name
     problems.raise_any(NamingError)
     return names
+
+
+def gguf_name(name: str, base: BaseModel) -> str | None:
+    """The GGUF name of a weight by its Hugging Face name; None where the architecture has none."""
+    if name.startswith("blk."):  # experts, which are named already
+        return name
+    table = _name_map(base.architecture.gguf, base.layers)
+    # A text part, and a backbone saved by itself, are named as the text model is.
+    plain = [name.removeprefix(part) for part in TEXT_PARTS if name.startswith(part)][:1] or [name]
+    spelt = [name, *(f"{prefix}{plain[0]}" for prefix in ("", f"{base.architecture.prefix}."))]
+    if base.text_prefix and not name.startswith(base.text_prefix) and name != "lm_head.weight":
+        return None
+    return next((found for one in spelt if (found := table.get_name(one, try_suffixes=(".weight",)))), None)
+
+
+def tied_in_gguf(name: str, base: BaseModel) -> str | None:
+    """Why an update of this GGUF tensor cannot be used where head and embedding are one; None where it can."""
+    if name == "token_embd.weight" and (bool(base.tied) if base.naming == "hf" else "output.weight" not in base.shapes):
+        return (
+            "the base ties its head to the embedding, which is one tensor in GGUF: llama.cpp aborts on an update of it "
+            "and would change the head along; leave it out with select(), or untie the base"
+        )
+    if name == "output.weight" and base.tied:
+        return (
+            "the base ties its head to the embedding, so that its GGUF has no output.weight; leave it out with select()"
+        )
+    return None
 
 
 def to_hf_names(lora: LoadedLora, base: BaseModel) -> dict[str, str]:
@@ -162,18 +222,15 @@ def to_hf_names(lora: LoadedLora, base: BaseModel) -> dict[str, str]:
             names[name] = known[name]
         elif name in base.shapes:  # named by the base already: experts joined into its own parameter
             names[name] = name
-        elif name.removesuffix(".weight").endswith("_exps"):
-            problems.add(f"weight {name} is of experts, which this base keeps one by one; attach it to the live model")
         else:
-            problems.add(f"weight {name} is none of the base's {len(base.shapes)} weights")
+            problems.add(f"weight {name} is none of the base's {base.count} weights")
     problems.raise_any(NamingError)
     return names
 
 
 def hf_keys(base: BaseModel) -> dict[str, str]:
     """GGUF name -> the base's own key, for every key that has a GGUF name."""
-    table = _name_map(base.architecture.gguf, base.layers)
-    return {found: key for key in base.shapes if (found := table.get_name(key, try_suffixes=(".weight",)))}
+    return {found: key for key in base.shapes if key not in base.tied and (found := gguf_name(key, base))}
 
 
 @lru_cache(maxsize=8)

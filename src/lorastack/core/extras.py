@@ -18,6 +18,8 @@ KINDS = {
 }
 #: Kinds that change nothing: PEFT saves embeddings along whenever they are targeted.
 HARMLESS = frozenset({"base_weight"})
+#: Kinds that no live model can be given.
+NEVER_LIVE = frozenset({"norm", "alora"})
 
 
 def extras_at(extras: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:

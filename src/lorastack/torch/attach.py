@@ -11,6 +11,7 @@ from lorastack.core.adapter import LoadedLora, LoraAdapter
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError
 from lorastack.torch.handle import ATTACHED, Handle
+from lorastack.torch.wrappers import unwrapped
 
 
 def attach(
@@ -75,7 +76,7 @@ def attach_all(
     allow_partial: bool = False,
 ) -> Handle:
     """As `attach`, for adapters of any naming side by side: each is converted to the model's own names."""
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = unwrapped(model)
     if not entries:
         raise ArgumentError("the stack is empty, so there is nothing to attach; push an adapter first")
     for module in model.modules():

@@ -9,8 +9,9 @@ from torch import nn
 
 from lorastack.base.architectures import BY_HF
 from lorastack.base.model import BaseModel
+from lorastack.base.tables import renaming_of_model
 from lorastack.core.delta import LoraDelta
-from lorastack.errors import UnsupportedError
+from lorastack.torch.wrappers import Where, index_of, offloaded_to
 
 
 class Place(NamedTuple):
@@ -47,11 +48,12 @@ class Place(NamedTuple):
 
 
 class Places:
-    """Every weight of a model by name, found when asked for."""
+    """Every weight of a model by name, found when asked for; what wraps a module has no part in its name."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self._index: dict[str, Where] = index_of(model)
+        self.modules: dict[str, nn.Module] = {path: where.module for path, where in self._index.items()}
         self._default = _model_dtype(model)
 
     def get(self, name: str) -> Place | None:
@@ -65,34 +67,50 @@ class Places:
             return None
         return Place(name, module, parameter, kind, *self._type_of(module, parameter))
 
+    def parent_of(self, path: str) -> tuple[nn.Module, str]:
+        """The module that holds the one at ``path``, and the name it has there."""
+        where = self._index[path]
+        return where.parent, where.key
+
     def _type_of(self, module: nn.Module, parameter: str) -> tuple[torch.dtype, torch.device]:
         weight = getattr(module, parameter, None)
         tensors = [weight] if isinstance(weight, torch.Tensor) else []
         tensors += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         device = tensors[0].device if tensors else torch.device("cpu")
+        if device.type == "meta":
+            device = offloaded_to(module) or device
         if tensors and tensors[0].dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             return tensors[0].dtype, device
         own = getattr(module, "compute_dtype", None)
         return (own if isinstance(own, torch.dtype) else self._default), device
 
     def as_base(self) -> BaseModel:
-        """The live model as a base: its own class, configuration and key list, for converting names."""
+        """The live model as a base: its own class, configuration, names and shapes."""
         model: Any = self.model
-        config = getattr(model, "config", None)
-        if config is None:
-            raise UnsupportedError(
-                f"{type(model).__name__} has no config, so GGUF names cannot be converted for it; "
-                "convert the adapter with convert_names(lora, base) first"
-            )
-        said = config.get_text_config().to_dict() if hasattr(config, "get_text_config") else dict(vars(config))
-        # The names are what conversion needs: a quantised module has its weight under others, and shapes of its own,
-        # and what does not fit is found at its place.
-        shapes: dict[str, tuple[int, ...]] = {name: () for name, _ in model.named_parameters(remove_duplicate=False)}
-        shapes |= {f"{path}.weight": () for path, module in self.modules.items() if _kind(module, "weight")}
+        config: Any = getattr(model, "config", None)
+        said = config.to_dict() if hasattr(config, "to_dict") else dict(vars(config)) if config is not None else {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, module in self.modules.items():
+            start = f"{path}." if path else ""
+            for name, tensor in module._parameters.items():
+                if tensor is not None:
+                    shapes[start + name] = tuple(tensor.shape) if tensor.is_floating_point() else ()
+            if _kind(
+                module, "weight"
+            ):  # a quantised module has its weight under other names, and in a shape of its own
+                shapes.setdefault(f"{start}weight", ())
         architecture = type(model).__name__
         if architecture not in BY_HF and getattr(config, "architectures", None):
             architecture = config.architectures[0]
-        return BaseModel(type(model).__name__, "hf", architecture, said, shapes)
+        return BaseModel(
+            type(model).__name__,
+            "hf",
+            architecture,
+            said,
+            shapes,
+            prefix=getattr(model, "base_model_prefix", None),
+            renaming=lambda: renaming_of_model(model),
+        )
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lorastack.base.experts import join_experts
-from lorastack.base.names import convert_names
+from lorastack.base.hint import elsewhere
+from lorastack.base.names import convert_names, names_of_places
+from lorastack.base.settle import settle
 from lorastack.core.adapter import Extras, LoadedLora, LoraAdapter
 from lorastack.core.delta import LoraDelta
-from lorastack.core.extras import KINDS
-from lorastack.core.target import place_of
+from lorastack.core.extras import KINDS, NEVER_LIVE
 from lorastack.errors import NonFiniteError, Problems, UnsupportedError
 from lorastack.torch.dora import Dora
 from lorastack.torch.places import Place, Places
@@ -53,15 +53,18 @@ def prepare(
     lost = missing if allow_partial else problems
     if isinstance(candidate.adapter, LoadedLora):
         extras: Extras
-        lora = candidate.adapter = _in_hf_names(candidate.adapter, places)
+        lora = candidate.adapter = _in_own_names(candidate.adapter, places)
         wanted = dict(lora.adapters)
         extras = lora.extras
+        strangers = [name for name in wanted if places.get(name) is None]
+        if strangers and (hint := elsewhere(strangers, lora, places.as_base())):
+            lost.add(hint)
     else:
         wanted = _by_target(candidate.adapter, places)
         extras = {}
         if not wanted:
             problems.add("none of its target modules and layers is in the model")
-    for kind in ("norm", "alora"):
+    for kind in sorted(NEVER_LIVE):
         if kind in extras:
             problems.add(f"{KINDS[kind]} cannot be honoured; leave it out with without_extras({kind!r})")
     check_saved_embeddings(extras, places, problems)
@@ -85,20 +88,27 @@ def prepare(
     return parts, patches, missing.lines
 
 
-def _in_hf_names(lora: LoadedLora, places: Places) -> LoadedLora:
-    if lora.naming != "gguf":
+def _in_own_names(lora: LoadedLora, places: Places) -> LoadedLora:
+    """The adapter under the model's own names; nothing is asked of the model while they are the same."""
+    if lora.naming == "gguf":
+        base = places.as_base()
+        if not base.config:
+            raise UnsupportedError(
+                f"{type(places.model).__name__} has no config, so GGUF names cannot be converted for it; "
+                "convert the adapter with convert_names(lora, base) first"
+            )
+        return convert_names(lora, base, "hf")
+    if not lora.extras and all(places.get(name) is not None for name in lora.adapters):
         return lora
     base = places.as_base()
-    return convert_names(join_experts(lora, base), base, "hf")
+    return settle(lora, base)
 
 
 def _by_target(adapter: LoraAdapter, places: Places) -> dict[str, LoraDelta]:
     """An adapter known by (target module, layer), under the model's weight names."""
     found: dict[str, LoraDelta] = {}
-    for path in places.modules:
-        name = f"{path}.weight"
-        place = place_of(name)
-        delta = adapter.delta(*place) if place else None
+    for place, name in names_of_places(places.as_base(), adapter).items():
+        delta = adapter.delta(*place)
         if delta is not None:
             found[name] = delta.scaled(adapter.alpha / adapter.rank)
     return found

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lorastack.base.fit import changed_base, same_numbers
 from lorastack.core.factor import Factor
 from lorastack.errors import Problems
 from lorastack.torch.places import Places, is_conv1d
 from lorastack.torch.tensors import to_torch
+from lorastack.torch.wrappers import offloaded_to, tensor_at_hand
 
 
 class BiasPatch:
@@ -23,10 +25,9 @@ class BiasPatch:
 
     what = "trained biases of the base"
 
-    def __init__(self, name: str, module: nn.Module, bias: torch.Tensor) -> None:
+    def __init__(self, name: str, module: nn.Module, bias: torch.Tensor, own: torch.Tensor) -> None:
         self.claim = name
         self.module = module
-        own: Any = module.bias
         self.difference = (bias.float() - own.detach().float()).to(own.dtype)
         self.channels = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         self.on = True
@@ -53,9 +54,11 @@ class ModulePatch:
 
     what = "whole saved modules"
 
-    def __init__(self, path: str, parent: nn.Module, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, path: str, parent: nn.Module, key: str, module: nn.Module, tensors: dict[str, torch.Tensor]
+    ) -> None:
         self.claim = path
-        self.parent, self.key, self.module = parent, path.rpartition(".")[2], module
+        self.parent, self.key, self.module = parent, key, module
         self.copy = copy.copy(module)
         self.copy._parameters = dict(module._parameters)
         for name, tensor in tensors.items():
@@ -131,16 +134,16 @@ def make_patches(extras: Any, places: Places, problems: Problems) -> list[Patch]
     patches: list[Patch] = []
     for name, factor in extras.get("bias", {}).items():
         module = places.modules.get(name.removesuffix(".bias"))
-        own = getattr(module, "bias", None)
+        own = None if module is None else tensor_at_hand(module, "bias")
         plain = isinstance(module, (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        if module is None or not isinstance(own, torch.Tensor):
+        if module is None or own is None:
             problems.add(f"bias {name} is none of the model's")
         elif not (plain or is_conv1d(module)) or own.shape != factor.shape:
             problems.add(
                 f"bias {name}: {type(module).__name__} has {list(own.shape)}, the adapter {list(factor.shape)}"
             )
         else:
-            patches.append(BiasPatch(name, module, to_torch(factor, torch.float32, own.device)))
+            patches.append(BiasPatch(name, module, to_torch(factor, torch.float32, own.device), own))
     patches += _module_patches(extras.get("modules_to_save", {}), places, problems)
     for name, (ids, factor) in extras.get("new_tokens", {}).items():
         module = places.modules.get(name.removesuffix(".weight"))
@@ -168,10 +171,13 @@ def _module_patches(saved: dict[str, Factor], places: Places, problems: Problems
             by_module.setdefault(path, {})[parameter] = factor
     patches = []
     for path, factors in by_module.items():
-        module, parent = places.modules[path], places.modules[path.rpartition(".")[0]]
-        like = {name: module._parameters[name] for name in factors}
+        module, (parent, key) = places.modules[path], places.parent_of(path)
+        if offloaded_to(module) is not None:
+            problems.add(f"saved module {path}: accelerate offloads the model's own, which cannot be replaced then")
+            continue
+        like: dict[str, Any] = {name: module._parameters[name] for name in factors}
         tensors = {n: to_torch(f, like[n].dtype, like[n].device) for n, f in factors.items()}
-        patches.append(ModulePatch(path, parent, module, tensors))
+        patches.append(ModulePatch(path, parent, key, module, tensors))
     return patches
 
 
@@ -188,14 +194,8 @@ def check_saved_embeddings(extras: Any, places: Places, problems: Problems) -> N
     for name, factor in extras.get("base_weight", {}).items():
         path, _, parameter = name.rpartition(".")
         module = places.modules.get(path)
-        own = getattr(module, parameter, None)
-        if not isinstance(own, torch.Tensor):
+        own = None if module is None else tensor_at_hand(module, parameter)
+        if own is None:
             problems.add(f"saved base weight {name} is none of the model's")
-        elif own.shape != factor.shape or not torch.allclose(
-            own.detach().float().cpu(), to_torch(factor, torch.float32, torch.device("cpu")), rtol=1e-2, atol=1e-3
-        ):
-            problems.add(
-                f"saved base weight {name} {list(factor.shape)} differs from the model's {list(own.shape)}: "
-                "the adapter was trained on a changed base; load it into the model first, "
-                "or leave it out with without_extras('base_weight')"
-            )
+        elif not same_numbers(factor.raw(), own.detach().float().cpu().numpy()):
+            problems.add(changed_base(name, factor.shape, tuple(own.shape)))

@@ -1,0 +1,83 @@
+"""Experts between GGUF, which keeps gate, up and down of a layer apart, and models that have them otherwise."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from lorastack.base.experts import beside, fused, halves, single, together
+from lorastack.base.model import BaseModel
+from lorastack.base.settle import settle
+from lorastack.core.adapter import LoadedLora
+from lorastack.core.delta import LoraDelta
+
+_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
+_LAYER = re.compile(r".*\.layers\.(\d+)\..+")
+
+
+def gguf_experts(lora: LoadedLora, base: BaseModel) -> LoadedLora:
+    """An adapter with Hugging Face names, its experts under their GGUF names; all else stays as it is."""
+    deltas: dict[str, LoraDelta] = {}
+    singles: dict[str, dict[int, LoraDelta]] = {}
+    for name in lora.adapters:
+        layer = _LAYER.fullmatch(name)
+        one, whole = single(name), fused(name)
+        if layer and one:
+            singles.setdefault(_tensor(layer[1], one[2]), {})[one[1]] = lora.adapters[name]
+        elif layer and whole and lora.adapters[name].kind == "experts":
+            delta = lora.adapters[name]
+            parts = (
+                {"down": delta} if whole[1] == "down_proj" else dict(zip(("gate", "up"), halves(delta), strict=True))
+            )
+            deltas |= {_tensor(layer[1], part): value for part, value in parts.items()}
+        else:
+            deltas[name] = lora.adapters[name]
+    if len(deltas) == len(lora.adapters) and deltas.keys() == lora.adapters.keys():
+        return lora
+    for tensor, members in singles.items():
+        deltas[tensor] = together(members, base.experts_in(tensor) or _said(base) or 1 + max(members))
+    return replace(lora, adapters=MappingProxyType(deltas))
+
+
+def hf_experts(lora: LoadedLora, base: BaseModel) -> LoadedLora:
+    """A GGUF adapter, its experts under the base's own names, exactly; all else stays as it is."""
+    found = {name: match for name in lora.adapters if (match := _TENSOR.fullmatch(name))}
+    blocks = _blocks(base) if found else {}
+    if not blocks:
+        return lora
+    deltas: dict[str, LoraDelta] = {}
+    for name, delta in lora.adapters.items():
+        match = found.get(name)
+        block = blocks.get(int(match[1])) if match else None
+        if match is None or block is None:
+            deltas[name] = delta
+        elif match[2] == "down":
+            deltas[f"{block}.down_proj"] = delta
+        elif (holder := f"{block}.gate_up_proj") not in deltas:
+            deltas[holder] = beside(*(lora.get(_tensor(match[1], part)) for part in ("gate", "up")))
+    experts = LoadedLora(lora.name, {n: d for n, d in deltas.items() if n not in lora.adapters}, naming="hf")
+    settled = settle(experts, base).adapters  # a base that keeps them one by one
+    rest: Mapping[str, LoraDelta] = {name: delta for name, delta in deltas.items() if name in lora.adapters}
+    return replace(lora, adapters=MappingProxyType({**rest, **settled}))
+
+
+def _tensor(layer: str, part: str) -> str:
+    return f"blk.{layer}.ffn_{part}_exps.weight"
+
+
+def _blocks(base: BaseModel) -> dict[int, str]:
+    """Layer -> what the base calls the module that has its experts."""
+    blocks = {}
+    for name in base.shapes:
+        layer, found = _LAYER.fullmatch(name), fused(name) or single(name)
+        if layer and found:
+            blocks[int(layer[1])] = found[0]
+    return blocks
+
+
+def _said(base: BaseModel) -> int | None:
+    """The number of experts that the configuration names."""
+    keys = ("num_experts", "num_local_experts", "n_routed_experts", f"{base.architecture_name}.expert_count")
+    return next((value for key in keys if isinstance(value := base.config.get(key), int) and value > 0), None)

@@ -1,0 +1,62 @@
+"""Where weights that find no place would fit: under another prefix, as a text adapter in a model with pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from lorastack.base.model import BaseModel
+from lorastack.core.adapter import LoadedLora
+
+
+def elsewhere(strangers: Sequence[str], lora: LoadedLora, base: BaseModel) -> str:
+    """A line that says under which prefix most of these weights would fit, and how; empty when under none.
+
+    >>> from lorastack import LoadedLora
+    >>> import numpy as np
+    >>> lora = LoadedLora.from_tensors({"model.layers.0.q.weight": (np.ones((1, 3)), np.ones((2, 1)))})
+    >>> base = BaseModel("vlm", "hf", None, {}, {"model.language_model.layers.0.q.weight": (2, 3)})
+    >>> elsewhere(list(lora.adapters), lora, base).partition(":")[0]
+    '1 of 1 would fit under model.language_model'
+    """
+    if not strangers or base.naming != "hf":
+        return ""
+    counts: Counter[tuple[str, str]] = Counter()
+    endings: dict[str, list[str]] = {}
+    for own in base.shapes:
+        endings.setdefault(_ending(own), []).append(own)
+    for name in strangers:
+        for own in endings.get(_ending(name), ()):
+            pair = _prefixes(name, own)
+            if pair is not None and base.misfit(own, lora.adapters[name]) is None:
+                counts[pair] += 1
+    if not counts:
+        return ""
+    # Of several the one that serves most; then the plainest.
+    (old, new), fits = min(counts.items(), key=lambda item: (-item[1], item[0][0].count("."), item[0]))
+    return (
+        f"{fits} of {len(strangers)} would fit under {new or 'the top'}: load it with rename={{{old!r}: {new!r}}} "
+        f"(--rename {old}={new})"
+    )
+
+
+def _ending(name: str) -> str:
+    """The last parts of a name, from its layer's number on: what renamings leave alone."""
+    parts = name.split(".")
+    at = next((n for n, part in enumerate(parts) if part.isdigit()), max(len(parts) - 2, 0))
+    return ".".join(parts[at:])
+
+
+def _prefixes(name: str, own: str) -> tuple[str, str] | None:
+    """What stands in ``name`` before the parts it shares with ``own``, and what stands there in ``own``."""
+    one, two = name.split("."), own.split(".")
+    shared = 0
+    while shared < min(len(one), len(two)) and one[-1 - shared] == two[-1 - shared]:
+        shared += 1
+    old, new = one[: len(one) - shared], two[: len(two) - shared]
+    # A renaming replaces whole parts at the front; where nothing is left of one of the two, a part is put before both.
+    if not old or not new:
+        if len(one) == shared or not one:
+            return None
+        old, new = one[: len(old) + 1], two[: len(new) + 1]
+    return ".".join(old), ".".join(new)

@@ -1,0 +1,121 @@
+"""Open a base: a Hugging Face folder, a GGUF file or a hub id; its headers are read, no weight is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import orjson
+
+from lorastack.base.live_view import live_view
+from lorastack.base.model import BaseModel, Stored
+from lorastack.errors import FormatError, Problems, UnsupportedError
+from lorastack.formats.gguf import open_reader
+from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
+from lorastack.hub import resolve
+
+#: A vocabulary has an element for each token.
+MAX_VOCABULARY = 1 << 22
+_INDEX = "model.safetensors.index.json"
+_BASE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf")
+
+
+def open_base(path: str | Path) -> BaseModel:
+    """The base in a Hugging Face folder, a GGUF file, or under a hub id.
+
+    Raises
+    ------
+    FormatError
+        When it is neither, or damaged.
+    """
+    given = str(path)
+    where = resolve(given, patterns=_BASE_FILES)
+    if where.is_dir() and not (where / "config.json").exists():
+        files = sorted(where.glob("*.gguf"))
+        if len(files) != 1:
+            raise FormatError(f"base {given}: it has no config.json and {len(files)} .gguf files; name one of them")
+        where = files[0]
+    return _from_folder(where, given) if where.is_dir() else _from_gguf(where, given)
+
+
+def _from_gguf(path: Path, given: str) -> BaseModel:
+    reader = open_reader(path, max_elements=MAX_VOCABULARY)
+    config = {key: f.contents() for key, f in reader.fields.items() if not key.startswith(("GGUF.", "tokenizer."))}
+    if config.get("general.type") == "adapter":
+        raise FormatError(f"base {given}: it is an adapter (general.type), give the model it was trained on")
+    shapes = {t.name: tuple(int(n) for n in reversed(t.shape.tolist())) for t in reader.tensors}
+    stored = {t.name: Stored((path,), partial(_dequantised, t, given)) for t in reader.tensors}
+    return BaseModel(given, "gguf", config.get("general.architecture"), config, shapes, stored)
+
+
+def _dequantised(tensor: gguf.ReaderTensor, given: str) -> np.ndarray:
+    try:
+        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    except (NotImplementedError, ValueError, KeyError) as error:
+        kind = tensor.tensor_type.name
+        raise UnsupportedError(f"base {given}: tensor {tensor.name} of type {kind} cannot be read: {error}") from error
+    return array.reshape(tuple(int(n) for n in reversed(tensor.shape.tolist())))
+
+
+def _from_folder(folder: Path, given: str) -> BaseModel:
+    try:
+        config = orjson.loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise FormatError(f"base {given}: its config.json is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"base {given}: its config.json is no JSON object")
+    shapes: dict[str, tuple[int, ...]] = {}
+    stored: dict[str, Stored] = {}
+    packed = bool(config.get("quantization_config"))
+    for path in _weight_files(folder, given):
+        file = SafetensorsFile(path)
+        for name, info in file.tensors.items():
+            shapes[name] = () if packed and info[0] not in FLOATS else info[1]
+            stored[name] = Stored((path,), partial(_floats, file, name, given))
+    _check_index(folder, given, shapes)
+    return live_view(given, config, shapes, stored)
+
+
+def _weight_files(folder: Path, given: str) -> list[Path]:
+    """The files that hold the weights: those of the index, the one of the usual name, or all there are."""
+    index, usual = folder / _INDEX, folder / "model.safetensors"
+    if index.is_file():
+        names = sorted(set(_weight_map(index, given).values()))
+        return [path for name in names if (path := folder / Path(name).name).is_file()]
+    files = [usual] if usual.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FormatError(f"base {given}: it has no .safetensors file; convert the model with save_pretrained()")
+    return files
+
+
+def _floats(file: SafetensorsFile, name: str, given: str) -> np.ndarray:
+    stored = file.tensors[name][0]
+    if stored not in FLOATS:
+        raise UnsupportedError(f"base {given}: tensor {name} is {stored}, no floating-point weight")
+    array = file.factor(name, allow_nonfinite=True).take()
+    return array if stored == "F64" else array.astype(np.float32)
+
+
+def _check_index(folder: Path, given: str, shapes: Mapping[str, Any]) -> None:
+    index = folder / _INDEX
+    if index.is_file():
+        problems = Problems(f"base {given} is incomplete")
+        missing = sorted(set(_weight_map(index, given)) - set(shapes))
+        if missing:
+            problems.add(f"{len(missing)} weights of its index are in no file, such as {missing[0]}; fetch it whole")
+        problems.raise_any(FormatError)
+
+
+def _weight_map(index: Path, given: str) -> dict[str, str]:
+    try:
+        said = orjson.loads(index.read_bytes())
+        found = {str(name): str(file) for name, file in said["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(
+            f"base {given}: its {index.name} has no weight_map of names with files ({error!r})"
+        ) from error
+    return found

@@ -1,0 +1,62 @@
+"""Ask transformers, where it is installed, what it calls the weights of a model today: its own conversion tables."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+#: An older spelling -> today's.
+Rename = Callable[[str], str]
+
+
+def renaming_of_model(model: Any) -> Rename | None:
+    """How transformers renames the keys of a file when it loads ``model``; None where it has no such table."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:
+        return _of_patterns(getattr(model, "_checkpoint_conversion_mapping", None))
+    try:
+        transforms = get_model_conversion_mapping(model)
+    except (AttributeError, TypeError, ValueError, KeyError):  # no model of its own, or of code it does not know
+        return None
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if not isinstance(one, WeightRenaming)]
+    return lambda name: rename_source_key(name, renamings, converters)[0]
+
+
+def renaming_of_config(config: Mapping[str, Any]) -> Rename | None:
+    """As `renaming_of_model`, for a base that is not loaded: its class is built without weights."""
+    names = config.get("architectures") or []
+    if not names or importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+    import transformers
+
+    cls = getattr(transformers, str(names[0]), None)
+    try:
+        said = transformers.AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            model = cls(said) if cls is not None else None
+    except Exception:  # whatever a configuration from somewhere makes a class do: then nothing is known
+        return None
+    return None if model is None else renaming_of_model(model)
+
+
+def _of_patterns(patterns: Any) -> Rename | None:
+    """transformers 4.52 to 4.57: patterns with what stands in their place."""
+    if not isinstance(patterns, dict) or not patterns:
+        return None
+
+    def rename(name: str) -> str:
+        for pattern, live in patterns.items():
+            changed, count = re.subn(pattern, live, name)
+            if count:
+                return changed
+        return name
+
+    return rename

@@ -1,0 +1,92 @@
+"""What wraps a model or its modules and has no part in their names: compiled, parallel, sharded, PEFT's, offloaded."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+#: Under these names a wrapper holds what it wraps, whatever it is.
+_INSIDE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+class Where(NamedTuple):
+    """A module, and what holds it under which name."""
+
+    module: nn.Module
+    parent: nn.Module
+    key: str
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that compiling, parallel training or PEFT wrapped, as transformers made it."""
+    while True:
+        inner = _inner(model)
+        if inner is None:
+            return model
+        model = inner
+
+
+def index_of(model: nn.Module) -> dict[str, Where]:
+    """Path -> module, for every module of a model; what is wrapped stands under its wrapper's path."""
+    index: dict[str, Where] = {}
+
+    def visit(where: Where, path: str) -> None:
+        index[path] = where
+        module = where.module
+        inside = _inner_key(module)
+        for key, child in module._modules.items():
+            if child is not None:
+                own = path if key == inside else f"{path}.{key}" if path else key
+                visit(Where(child, module, key), own)
+
+    visit(Where(model, model, ""), "")
+    return index
+
+
+def offloaded_to(module: nn.Module) -> torch.device | None:
+    """Where accelerate computes with a module whose weights it keeps elsewhere; None for any other."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in [hook, *getattr(hook, "hooks", ())]:
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None
+
+
+def tensor_at_hand(module: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter's numbers, also where accelerate keeps them elsewhere; None where they are not to be had."""
+    tensor = getattr(module, name, None)
+    if not isinstance(tensor, torch.Tensor) or tensor.device.type != "meta":
+        return tensor if isinstance(tensor, torch.Tensor) else None
+    hook = getattr(module, "_hf_hook", None)
+    for one in [hook, *getattr(hook, "hooks", ())]:
+        weights = getattr(one, "weights_map", None)
+        if weights is not None and name in weights:
+            found = weights[name]
+            return found if isinstance(found, torch.Tensor) else None
+    return None
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    if _is_peft(model) and "base_model" in model._modules:  # PeftModel, then its tuner, which holds the model
+        tuner = model._modules["base_model"]
+        return None if tuner is None else tuner._modules.get("model", tuner)
+    key = _inner_key(model)
+    return None if key is None else model._modules.get(key)
+
+
+def _inner_key(module: nn.Module) -> str | None:
+    """The name under which a wrapper holds what it wraps; None for what is no wrapper."""
+    found = next((key for key in _INSIDE if key in module._modules), None)
+    if found is None and isinstance(module, _PARALLEL):
+        return "module"
+    if found is None and _is_peft(module):
+        return next((key for key in ("base_layer", "original_module") if key in module._modules), None)
+    return found
+
+
+def _is_peft(module: Any) -> bool:
+    return type(module).__module__.startswith("peft.")
