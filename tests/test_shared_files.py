@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 
 from lorastack import LoadedLora, load
+from lorastack.base import open_base
 from lorastack.base.fit import misfits
-from lorastack.base.model import open_base
 from lorastack.errors import FormatError
 from tests.conftest import SHARED
 

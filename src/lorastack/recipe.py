@@ -21,7 +21,7 @@ from lorastack.formats.provenance import Ingredient, Provenance, hashes
 from lorastack.mixture import parse_entry
 
 _ADAPTER_KEYS = {"source", "scale", "name", "select", "scales", "steps", "sha256"}
-_STEPS = {"select", "scales", "names", "without_extras"}
+_STEPS = {"select", "scales", "names", "rename", "without_extras"}
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,8 @@ def _load(one: Ingredient, allow_nonfinite: bool, ignore: Collection[str], base:
                 )
         elif step == "scales":
             lora = lora.scaled(value)
+        elif step == "rename":
+            lora = lora.with_weights_renamed(value)
         elif step == "without_extras":
             lora = lora.without_extras(*value)
         elif base is None:
@@ -257,6 +259,8 @@ def _good_step(step: str, value: Any) -> bool:
         return isinstance(value, dict) and all(_finite(f) and _good_pattern(p) for p, f in value.items())
     if step == "select":
         return isinstance(value, str) and _good_pattern(value)
+    if step == "rename":
+        return isinstance(value, dict) and all(isinstance(new, str) for new in value.values())
     if step == "names":
         return value in ("gguf", "hf")
     return step == "without_extras" and isinstance(value, list) and all(isinstance(kind, str) for kind in value)

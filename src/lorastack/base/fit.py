@@ -35,11 +35,11 @@ def misfits(lora: LoadedLora, base: BaseModel) -> list[str]:
         lora = convert_names(lora, base, base.naming) if lora.naming not in (base.naming, "own") else settle(lora, base)
     except LoraStackError as error:
         return found + list(error.problems or [str(error)])
-    strangers = [name for name in lora.adapters if name not in base.shapes]
+    strangers = [name for name in lora.adapters if base.shape_of(name) is None]
     if hint := elsewhere(strangers, lora, base):
         found.append(hint)
     for name, delta in lora.adapters.items():
-        if name not in base.shapes:
+        if base.shape_of(name) is None:
             found.append(f"weight {name} is none of the base's {base.count} weights")
         elif problem := base.misfit(name, delta):
             found.append(problem)
@@ -66,13 +66,17 @@ def _extra(kind: str, values: Mapping[str, Any], lora: LoadedLora, base: BaseMod
         elif kind == "new_tokens":
             ids, rows = value
             yield from _tokens(name, ids, rows, base)
-        elif name not in base.shapes:
+        elif (shape := base.shape_of(name)) is None:
             yield f"{kind} {name} is none of the base's {base.count} weights"
-        elif base.shapes[name] and value.shape != base.shapes[name]:
-            yield f"{kind} {name} is {list(value.shape)}, the base's {list(base.shapes[name])}"
-        elif kind == "base_weight" and name in base.stored and not base.quantised:
-            if not same_numbers(value.raw(), base.weight(name)):
-                yield changed_base(name, value.shape, base.shapes[name])
+        elif shape and value.shape != shape:
+            yield f"{kind} {name} is {list(value.shape)}, the base's {list(shape)}"
+        elif (
+            kind == "base_weight"
+            and name in base.stored
+            and not base.quantised
+            and not same_numbers(value.raw(), base.weight(name))
+        ):
+            yield changed_base(name, value.shape, shape)
 
 
 def changed_base(name: str, saved: tuple[int, ...], own: tuple[int, ...]) -> str:
@@ -91,12 +95,12 @@ def _beside(kind: str, name: str, value: Factor, lora: LoadedLora, base: BaseMod
         yield f"{kind} {name}: it needs a linear layer or a convolution, this update is of {delta.kind}"
     elif math.prod(value.shape) != delta.out_features:
         yield f"{kind} {name} is {list(value.shape)}, the weight has {delta.out_features} rows"
-    elif kind == "dora" and base.quantised and not base.shapes.get(name):
+    elif kind == "dora" and base.quantised and not base.shape_of(name):
         yield f"dora {name}: DoRA needs the weight's own numbers, which this base holds packed"
 
 
 def _tokens(name: str, ids: tuple[int, ...], rows: Factor, base: BaseModel) -> Iterator[str]:
-    shape = base.shapes.get(name)
+    shape = base.shape_of(name)
     if shape is None or (len(shape) == 2 and shape[1] != rows.shape[-1]):
         yield f"token rows of {name}: the base has no embedding of width {rows.shape[-1]} there"
     elif shape and ids and max(ids) >= shape[0]:

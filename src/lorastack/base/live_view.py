@@ -14,8 +14,15 @@ from lorastack.base.model import BaseModel, Stored
 from lorastack.base.spelling import beside_packed, live_spelling, packed_weight
 
 Shape = tuple[int, ...]
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
-_HEADS = {"GPTNeoXForCausalLM": "embed_out.weight"}
+_EMBEDDINGS = tuple(
+    f"{name}.weight" for name in "embed_tokens wte word_embeddings embed_in shared embeddings tokens_embed".split()
+)
+#: Class -> what it calls its head, where that is not ``lm_head``.
+_HEADS = {
+    "GPTNeoXForCausalLM": "embed_out.weight",
+    "WhisperForConditionalGeneration": "proj_out.weight",
+    "BioGptForCausalLM": "output_projection.weight",
+}
 _WITH_A_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 

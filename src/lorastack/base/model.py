@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from lorastack.base.architectures import Architecture, architecture_of
 from lorastack.base.spelling import TEXT_PARTS, other_spellings
-from lorastack.base.tables import Rename, renaming_of_config
+from lorastack.base.tables import Rename, live_names
 from lorastack.core.delta import LoraDelta
 from lorastack.core.target import Naming
 from lorastack.errors import FormatError, ShapeError, UnknownNameError, UnsupportedError
@@ -42,7 +42,7 @@ class BaseModel:
     tied
         Names of ``shapes`` that are another weight under a second name: the head of a model that ties it.
     renaming
-        transformers' own renaming of this model, for a live one; a base from files asks for it when it is needed.
+        transformers' own renaming of this model, for a live one; a base from files asks its class when it has to.
     """
 
     name: str
@@ -66,14 +66,44 @@ class BaseModel:
         for other in other_spellings(name, model_type, self.prefix, self._first_parts):
             if other in self.shapes:
                 return other
-        rename, live = self._tables
+        rename = self._rename
         if rename is None:
+            return self.live.own_name(name) if self.live else None
+        own = rename(name)
+        return own if own in self.shapes and not self._of_a_text_model(name, own) else None
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """The shape of the weight ``name``, ``()`` where it cannot be told; None when the base has no such weight."""
+        shape = self.shapes.get(name)
+        return shape if shape is not None or name not in self._asked else self._asked[name]
+
+    @cached_property
+    def live(self) -> BaseModel | None:
+        """A base from files as transformers' own class has it; None for a live one, and where there is none."""
+        said = live_names(self.config) if self.stored and self.naming == "hf" else None
+        if said is None:
             return None
-        for spelt in (name, rename(name)):
-            own = live.get(spelt, spelt)
-            if own in self.shapes and not self._of_a_text_model(name, own):
-                return own
-        return None
+        renamed = {said.rename(name) if said.rename else name: name for name in self.shapes}
+        own = {name: renamed.get(name, name) for name in said.shapes}
+        stored = {
+            name: self.stored[there]
+            for name, there in own.items()
+            if there in self.stored and self.shapes[there] in ((), said.shapes[name])
+        }
+        stored |= {name: stored[of] for name, of in said.tied.items() if of in stored}
+        shapes = {name: () if self.quantised and name not in stored else shape for name, shape in said.shapes.items()}
+        rename = said.rename or (lambda name: name)
+        return replace(self, shapes=shapes, stored=stored, prefix=said.prefix, tied=said.tied, renaming=lambda: rename)
+
+    @property
+    def _asked(self) -> Mapping[str, tuple[int, ...]]:
+        """The names of the live class, if it was asked: what `own_name` gives may be one of them."""
+        live = self.__dict__.get("live")
+        return live.shapes if live else {}
+
+    @cached_property
+    def _rename(self) -> Rename | None:
+        return self.renaming() if self.renaming else None
 
     def _of_a_text_model(self, name: str, own: str) -> bool:
         """Whether a text model calls its weight ``name`` too: the adapter may be one's, and is not taken silently."""
@@ -86,7 +116,7 @@ class BaseModel:
 
     def experts_in(self, name: str) -> int | None:
         """How many experts the parameter ``name`` holds; None where its shape is not known."""
-        shape = self.shapes.get(name)
+        shape = self.shape_of(name)
         return shape[0] if shape and len(shape) == 3 else None
 
     @cached_property
@@ -97,13 +127,6 @@ class BaseModel:
     @cached_property
     def _first_parts(self) -> frozenset[str]:
         return frozenset(name.partition(".")[0] for name in self.shapes)
-
-    @cached_property
-    def _tables(self) -> tuple[Rename | None, dict[str, str]]:
-        """transformers' renaming, and what it makes of the base's own names."""
-        rename = self.renaming() if self.renaming else renaming_of_config(self.config)
-        live = {} if rename is None else {spelt: name for name in self.shapes if (spelt := rename(name)) != name}
-        return rename, live
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -145,9 +168,12 @@ class BaseModel:
         UnsupportedError
             When it is quantised in a way of its own: bitsandbytes, GPTQ, AWQ, FP8 with scales beside it.
         """
-        place = self.stored.get(name)
+        live = self.__dict__.get("live")
+        place = self.stored.get(name) or (live.stored.get(name) if live else None)
         if place is None:
-            why = "it has no such weight" if self.stored else "it is in memory only, open it with open_base(path)"
+            made = "transformers makes it of others when it loads them"
+            why = made if self.shape_of(name) is not None else "it has no such weight"
+            why = why if self.stored else "it is in memory only, open it with open_base(path)"
             raise UnknownNameError(f"base {self.name}: weight {name} cannot be read; {why}")
         if self.quantised:
             raise UnsupportedError(
@@ -181,7 +207,7 @@ class BaseModel:
 
     def misfit(self, name: str, delta: LoraDelta) -> str | None:
         """Say why ``delta`` is no update of the weight ``name``; None when it is, or its shape cannot be told."""
-        shape = self.shapes.get(name)
+        shape = self.shape_of(name)
         # A quantised weight is stored packed, in a shape of its own.
         if not shape or self.quantised or shape in (wanted := self._shapes(name, delta)):
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 #: An older spelling -> today's.
 Rename = Callable[[str], str]
@@ -29,8 +29,20 @@ def renaming_of_model(model: Any) -> Rename | None:
     return lambda name: rename_source_key(name, renamings, converters)[0]
 
 
-def renaming_of_config(config: Mapping[str, Any]) -> Rename | None:
-    """As `renaming_of_model`, for a base that is not loaded: its class is built without weights."""
+class LiveNames(NamedTuple):
+    """What a base's class calls its weights: shapes by name, second names of tied ones, prefix, renaming."""
+
+    shapes: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    prefix: str | None
+    rename: Rename | None
+
+
+def live_names(config: Mapping[str, Any]) -> LiveNames | None:
+    """The names that transformers' own class gives the weights of a base that is not loaded; None where it has none.
+
+    The class is built without weights, on the meta device.
+    """
     names = config.get("architectures") or []
     if not names or importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
         return None
@@ -38,13 +50,29 @@ def renaming_of_config(config: Mapping[str, Any]) -> Rename | None:
     import transformers
 
     cls = getattr(transformers, str(names[0]), None)
+    if cls is None:
+        return None
     try:
-        said = transformers.AutoConfig.for_model(**config)
+        said = transformers.AutoConfig.for_model(**_plain(config))
         with torch.device("meta"):
-            model = cls(said) if cls is not None else None
+            model = cls(said)
     except Exception:  # whatever a configuration from somewhere makes a class do: then nothing is known
         return None
-    return None if model is None else renaming_of_model(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        shapes[name] = tuple(weight.shape)
+        if first.setdefault(id(weight), name) != name:
+            tied[name] = first[id(weight)]
+    return LiveNames(shapes, tied, getattr(model, "base_model_prefix", None), renaming_of_model(model))
+
+
+def _plain(value: Any) -> Any:
+    """A configuration with its infinite numbers, which transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if list(value) == ["__float__"] else {k: _plain(v) for k, v in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 def _of_patterns(patterns: Any) -> Rename | None:

@@ -312,6 +312,35 @@ class LoadedLora:
             history=(*self.history, ("scaled", said)),
         )
 
+    def with_weights_renamed(self, rename: Mapping[str, str]) -> LoadedLora:
+        """A view with the front of its weights' names replaced, by whole parts: ``{old: new}``, the first match counts.
+
+        For an adapter whose base has another name for the module that holds its weights, such as a text adapter in the
+        text part of a model with pictures: ``{"model": "model.language_model"}``. Extras go along.
+
+        Raises
+        ------
+        ArgumentError
+            When ``old`` is the front of no weight, or two weights get one name.
+        """
+        names = {name: _with_new_front(name, rename) for name in self.adapters}
+        every = [*names, *(name for kind, values in self.extras.items() if kind != "alora" for name in values)]
+        dead = [old for old in rename if not any(_is_front(old, name) for name in every)]
+        if dead or len(set(names.values())) < len(names):
+            why = f"no weight's name begins with {dead}" if dead else f"{dict(rename)} gives two weights one name"
+            raise ArgumentError(f"{self.name}: {why}; its weights are named like {', '.join(every[:3])}")
+        old_names = {new: old for old, new in names.items()}
+        extras = {
+            kind: MappingProxyType({n if kind == "alora" else _with_new_front(n, rename): v for n, v in values.items()})
+            for kind, values in self.extras.items()
+        }
+        return replace(
+            self,
+            adapters=LazyDeltas(old_names, lambda _, old: self.adapters[old]),
+            extras=MappingProxyType(extras),
+            history=(*self.history, ("rename", dict(rename))),
+        )
+
     def renamed(self, name: str) -> LoadedLora:
         """The same adapter under another name."""
         return replace(self, name=name)
@@ -335,6 +364,18 @@ def matches(pattern: Pattern, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatchcase(name, pattern)
+
+
+def _is_front(old: str, name: str) -> bool:
+    return old == "" or name == old or name.startswith(old + ".")
+
+
+def _with_new_front(name: str, rename: Mapping[str, str]) -> str:
+    """``name`` with the first matching front replaced; an empty one is put before, or taken away."""
+    for old, new in rename.items():
+        if _is_front(old, name):
+            return ".".join(part for part in (new, name[len(old) :].removeprefix(".")) if part)
+    return name
 
 
 def _pattern_text(pattern: Pattern) -> str:
