@@ -457,6 +457,11 @@ def written_by_peft(folder: Path, case: str) -> tuple[torch.nn.Module, LoraConfi
 IDS = torch.tensor([[0, 1, 4, 7, 10, 3]])
 
 
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Two models of the same weights: where these lie in memory decides how a processor's kernels round."""
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", EXTRAS)
 def test_all_that_peft_wrote_comes_back_as_peft_wrote_it(tmp_path: Path, case: str) -> None:
@@ -473,7 +478,7 @@ def test_all_that_peft_wrote_comes_back_as_peft_wrote_it(tmp_path: Path, case: s
         base, expected = Net().eval()(IDS), model(IDS)
         found = peft_model(Net(), [ours])(IDS)
     assert (expected - base).abs().max() > 0.01
-    assert torch.equal(found, expected)
+    assert_close(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -488,7 +493,7 @@ def test_without_its_extras_peft_takes_the_low_rank_part_alone(tmp_path: Path, c
     factors = {key: weight for key, weight in model.state_dict().items() if key.endswith(endings)}
     assert not expected.load_state_dict(factors, strict=False).unexpected_keys
     with torch.no_grad():
-        assert torch.equal(peft_model(Net(), [ours])(IDS), expected(IDS))
+        assert_close(peft_model(Net(), [ours])(IDS), expected(IDS))
 
 
 def test_invocation_tokens_go_through_both_formats(tmp_path: Path) -> None:
