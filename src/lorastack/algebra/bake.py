@@ -110,8 +110,7 @@ def _combined(
     """Every weight by the method, and what the recipe says of it."""
     plain = {weight: [term for _, term in numbered] for weight, numbered in weights.items()}
     most = max(available(terms, method.space == "dense") for terms in plain.values())
-    if cut and cut.ranks and cut.ranks[-1] > most:
-        raise ArgumentError(f"rank {cut.ranks[-1]} is more than any weight here can have, which is {most}")
+    cut = cut and cut.at_most(most)
     trims = method.rule in ("ties", "magnitude_prune")
     step = _steps(progress, len(weights) * (3 if trims else 1))
     failures = Failures("the stack cannot be baked")

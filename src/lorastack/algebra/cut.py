@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -61,6 +61,10 @@ class Cut:
         return cls(
             tuple(sorted({int(one) for one in ranks})), math.sqrt(1 - energy) if energy is not None else tolerance
         )
+
+    def at_most(self, rank: int) -> Cut:
+        """With no rank above ``rank``: where there is no more to keep, all of it is what was asked for."""
+        return replace(self, ranks=tuple(sorted({min(one, rank) for one in self.ranks})))
 
     def rank(self, errors: np.ndarray) -> int:
         """The rank to keep, where ``errors[r]`` is the relative error at rank r, from 0 to all there is."""
