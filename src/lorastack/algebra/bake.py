@@ -42,6 +42,7 @@ def bake(
     tolerance: float | None = None,
     density: float | None = None,
     seed: int = 0,
+    allow_mixed_bases: bool = False,
     progress: Progress | None = None,
 ) -> LoadedLora:
     """See `LoraStack.bake`."""
@@ -50,11 +51,8 @@ def bake(
     if how.name == "svd" and cut is None:
         raise ArgumentError("method svd needs a rank, an energy or a tolerance; linear keeps what float32 can tell")
     base = base if isinstance(base, BaseModel) or base is None else open_base(base)
-    entries = entries_of(stack, base, "bake")
+    entries = entries_of(stack, base, "bake", allow_mixed_bases)
     _refuse_extras(entries)
-    architectures = {arch for entry in entries if (arch := entry.lora.metadata.get("general.architecture"))}
-    if len(architectures) > 1:
-        raise NamingError(f"the adapters are for different architectures: {', '.join(sorted(architectures))}")
     weights = _terms(entries)
     if how.name == "cat":
         deltas, said = _side_by_side(weights, entries), dict[str, Any]()

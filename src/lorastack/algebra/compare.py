@@ -124,6 +124,7 @@ def compare(
     *,
     intruders: IntruderSearch | None = INTRUDERS,
     sign_samples: int | None = SIGN_SAMPLES,
+    allow_mixed_bases: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Comparison:
     """Measure every adapter of a stack, at its scale, and every pair of them.
@@ -169,7 +170,7 @@ def compare(
     ('7.071', '-0.64', 'cancel')
     """
     base = base if isinstance(base, BaseModel) or base is None else open_base(base)
-    entries = _renamed(entries_of(stack, base, "compare"), names)
+    entries = _renamed(entries_of(stack, base, "compare", allow_mixed_bases), names)
     entries = entries if base is None else _in_base(entries, base)
     weights = weights_of(entries, "compared")
     if not weights:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lorastack.base import BaseModel
 from lorastack.base.names import lora_of_adapter
+from lorastack.base.together import check_together
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
 from lorastack.core.packed import PackedWeight
@@ -22,13 +23,15 @@ class Entry(NamedTuple):
     scale: float
 
 
-def entries_of(stack: LoraStack, base: BaseModel | None, verb: str) -> list[Entry]:
+def entries_of(stack: LoraStack, base: BaseModel | None, verb: str, allow_mixed_bases: bool = False) -> list[Entry]:
     """Both lists; the second, known by (target module, layer) only, in the weight names of ``base``.
 
     Raises
     ------
     ArgumentError
         When there is nothing to ``verb``, or the second list has no base.
+    NamingError
+        When the adapters are hardly for one base: where one is given, each has to fit that instead.
     """
     if stack.is_empty():
         raise ArgumentError(f"the stack is empty, so there is nothing to {verb}; push an adapter first")
@@ -38,6 +41,8 @@ def entries_of(stack: LoraStack, base: BaseModel | None, verb: str) -> list[Entr
             f"{len(stack.adapters)} adapters are known by (target module, layer) only; give {verb}() the base, "
             "whose weight names they get"
         )
+    if base is None and not allow_mixed_bases:
+        check_together([(one.name, one.lora) for one in entries])
     for n, adapter in enumerate(stack.adapters, len(stack)):
         assert base is not None
         name = f"adapter{n}"

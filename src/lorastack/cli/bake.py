@@ -11,7 +11,7 @@ import typer
 from lorastack.algebra.bake import with_coefficient
 from lorastack.base import open_base
 from lorastack.cli.cutting import Energy, Rank, Tolerance, loss_of, parse_ranks, parse_sweep
-from lorastack.cli.options import Adapters, AllowNonfinite, Base, DropExtras, Force, Ignore, StoredType
+from lorastack.cli.options import Adapters, AllowMixedBases, AllowNonfinite, Base, DropExtras, Force, Ignore, StoredType
 from lorastack.cli.progress import byte_bar, step_bar
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.target import Naming
@@ -50,6 +50,7 @@ def bake(
     ] = None,
     drop_extras: DropExtras = False,
     force: Force = False,
+    allow_mixed_bases: AllowMixedBases = False,
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
 ) -> None:
@@ -101,6 +102,7 @@ def bake(
             tolerance=tolerance,
             density=density,
             seed=seed,
+            allow_mixed_bases=allow_mixed_bases,
             progress=step,
         )
     for path, coefficient in outputs:

@@ -24,6 +24,10 @@ Base = Annotated[
     str | None,
     typer.Option("--base", "-b", metavar="BASE", help="The base model: a Hugging Face folder, hub id or GGUF file."),
 ]
+AllowMixedBases = Annotated[
+    bool,
+    typer.Option("--allow-mixed-bases", help="Take adapters together that name different bases or share no weight."),
+]
 StoredType = Annotated[
     str | None,
     typer.Option(metavar="TYPE", help="f32, f16, bf16, or for GGUF q8_0; factors keep theirs when not given."),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorastack.base import open_base
-from lorastack.cli.options import Adapters, Base, Force, Ignore
+from lorastack.cli.options import Adapters, AllowMixedBases, Base, Force, Ignore
 from lorastack.cli.progress import step_bar
 from lorastack.errors import ArgumentError, require
 from lorastack.files import check_output
@@ -26,6 +26,7 @@ def report(
         ),
     ] = False,
     force: Force = False,
+    allow_mixed_bases: AllowMixedBases = False,
     ignore: Ignore = None,
 ) -> None:
     """Write one page about adapters and their sum: norms, spectra, similarity, conflicts, what a bake would lose.
@@ -54,7 +55,7 @@ def report(
     model = open_base(source) if source else None
     stack = recipe.stack(base=model, ignore=ignore or ())
     with step_bar("measuring") as step:
-        write(stack, output, model, force, intruders=intruders, progress=step)
+        write(stack, output, model, force, intruders=intruders, allow_mixed_bases=allow_mixed_bases, progress=step)
     typer.echo(
         f"{output}: {len(stack)} adapter{'s' if len(stack) != 1 else ''}, {output.stat().st_size / 2**20:.1f} MiB"
     )

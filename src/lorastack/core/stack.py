@@ -243,6 +243,7 @@ class LoraStack:
         tolerance: float | None = None,
         density: float | None = None,
         seed: int = 0,
+        allow_mixed_bases: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> LoadedLora:
         """The whole stack as one adapter. Without further words: exactly, ranks side by side, nothing read yet.
@@ -255,7 +256,7 @@ class LoraStack:
         Parameters
         ----------
         base
-            The base model, needed when the second list is not empty: its weight names.
+            The base model: every adapter has to fit it. Needed when the second list is not empty, for its weight names.
         name
             The adapter's name; the names of the stack's adapters joined by ``+`` when not given.
         method
@@ -263,7 +264,7 @@ class LoraStack:
             ``ties``, ``dare``, ``dare_ties`` or ``magnitude_prune``, then ``@dense``, ``@knots`` or ``@core``.
             See docs/combine.md for each.
         rank
-            The rank of every weight (fewer where a weight has fewer); of several the smallest that keeps
+            The rank of every weight at most (where it has no more, nothing is lost); of several the smallest that keeps
             ``energy`` (0.99 unless given) or ``tolerance``, weight by weight.
         energy
             The part of the squared norm to keep in each weight, such as 0.99.
@@ -273,13 +274,17 @@ class LoraStack:
             The part of entries that rules keep: 0.2 for trimming, 0.5 (1 - drop rate) for DARE unless given.
         seed
             Of DARE's masks.
+        allow_mixed_bases
+            Without a base: bake also what names different bases or shares no weight.
         progress
             Called with the steps done and the steps there are.
 
         Raises
         ------
         ArgumentError
-            When the stack is empty, or an option has no meaning, such as a rank no weight can have.
+            When the stack is empty, or an option has no meaning, such as a rank of 0.
+        NamingError
+            Listing the adapters when they are hardly for one base.
         UnsupportedError
             Listing every extra that an ordinary adapter's low-rank updates cannot hold.
         ShapeError
@@ -308,6 +313,7 @@ class LoraStack:
             tolerance=tolerance,
             density=density,
             seed=seed,
+            allow_mixed_bases=allow_mixed_bases,
             progress=progress,
         )
 

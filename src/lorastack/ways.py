@@ -1,0 +1,75 @@
+"""Ways out of an error, in the words of who asks: functions and arguments in Python, flags on a command line."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+#: The flags of the command that runs, the innermost last; in Python there is none.
+_COMMANDS: list[Collection[str]] = []
+
+
+class Way(NamedTuple):
+    """One way out as Python says it, and as the command says it; None where there is none."""
+
+    python: str | None
+    command: str | None
+
+
+@contextlib.contextmanager
+def command_line(flags: Collection[str]) -> Iterator[None]:
+    """Inside, errors speak of ``flags``, those that the running command has, and of no Python name."""
+    _COMMANDS.append(flags)
+    try:
+        yield
+    finally:
+        _COMMANDS.pop()
+
+
+def ways(*choices: Way | str, lead: str = "; ") -> str:
+    """The ways there are for who asks, behind ``lead``; empty where there is none.
+
+    On a command line a way is left out whose flags the command does not have. A plain string is a way for both.
+
+    >>> nan = "train it again", Way("load it with allow_nonfinite=True", "let it through with --allow-nonfinite")
+    >>> ways(*nan)
+    '; train it again, or load it with allow_nonfinite=True'
+    >>> with command_line({"--base"}):
+    ...     ways(*nan)
+    '; train it again'
+    """
+    said = [choice if isinstance(choice, str) else _spoken(choice) for choice in choices]
+    known = [one for one in said if one]
+    return lead + ", or ".join(known) if known else ""
+
+
+def argument(name: str) -> str:
+    """A Python argument by its name, which a command that has it takes as a flag: ``rank`` and ``--rank``."""
+    flag = f"--{name.replace('_', '-')}"
+    return flag if _COMMANDS and flag in _COMMANDS[-1] else name
+
+
+def _spoken(way: Way) -> str | None:
+    if not _COMMANDS:
+        return way.python
+    if way.command and set(re.findall(r"--[a-z][a-z-]*", way.command)) <= set(_COMMANDS[-1]):
+        return way.command
+    return None
+
+
+#: Ways that several errors have in common.
+CONVERT = Way("convert it with lorastack.convert_names(lora, base)", "give the base with --base to convert it")
+MIXED = (
+    Way("give the base they are for, base=...", "give the base they are for with --base"),
+    Way("let them be with allow_mixed_bases=True", "let them be with --allow-mixed-bases"),
+)
+
+
+def drop_extras(*kinds: str) -> Way:
+    """Leaving out what is not low-rank, of these kinds."""
+    return Way(
+        f"leave it out with without_extras({', '.join(map(repr, kinds))})",
+        "leave all such things out with --drop-extras",
+    )
