@@ -116,7 +116,7 @@ def test_the_installed_command_bakes_and_says_so(lorastack: Command) -> None:
     assert done.stdout == "both: 2 adapters as one, 28 weights of rank 16\n"
     again = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (again.returncode, again.stdout) == (1, "")
-    assert again.stderr == "error: both exists; choose another name or pass force=True (--force)\n"
+    assert again.stderr == "error: both exists; choose another name, or pass --force\n"
 
 
 def test_the_installed_command_shows_no_traceback(lorastack: Command) -> None:

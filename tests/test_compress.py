@@ -199,7 +199,7 @@ def test_where_ranks_are_mixed_each_weight_keeps_what_it_has() -> None:
         ({"energy": float("nan")}, "energy is nan"),
         ({"energy": 0.9, "tolerance": 0.1}, "give one of them"),
         ({"rank": 0, "energy": 2}, r"2 problems\n  - rank is 0.*\n  - energy is 2"),
-        ({"method": "svd"}, "method svd needs a rank"),
+        ({"method": "svd"}, "method svd needs rank, energy or tolerance"),
         ({"method": "ties"}, "needs a space: ties@dense, ties@knots, ties@core"),
         ({"method": "slerp"}, "there is no method 'slerp'; there are cat, linear"),
         ({"method": "ties@core", "density": 0}, "density is 0"),

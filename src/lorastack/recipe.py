@@ -19,6 +19,7 @@ from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError, LoraStackError, Problems
 from lorastack.formats.provenance import Ingredient, Provenance, hashes
 from lorastack.mixture import parse_entry
+from lorastack.ways import BASE, ways
 
 _ADAPTER_KEYS = {"source", "scale", "name", "select", "scales", "steps", "sha256"}
 _STEPS = {"select", "scales", "names", "without_extras"}
@@ -127,10 +128,10 @@ class Recipe(Provenance):
         base = base if isinstance(base, BaseModel) or base is None else open_base(base)
         stack = LoraStack()
         problems = Problems("cannot load the stack")
-        for lora, scale in self.entries(base=base, allow_nonfinite=allow_nonfinite, ignore=ignore):
+        for lora, scale in self.entries(
+            base=base, allow_nonfinite=allow_nonfinite, ignore=ignore, drop_extras=drop_extras
+        ):
             try:
-                if drop_extras and lora.extras:
-                    lora = lora.without_extras()
                 to = naming or stack.naming
                 if base is not None and to and to != lora.naming and "own" not in (to, lora.naming):
                     lora = convert_names(lora, base, to)
@@ -141,14 +142,20 @@ class Recipe(Provenance):
         return stack
 
     def entries(
-        self, *, base: BaseModel | None = None, allow_nonfinite: bool = False, ignore: Collection[str] = ()
+        self,
+        *,
+        base: BaseModel | None = None,
+        allow_nonfinite: bool = False,
+        ignore: Collection[str] = (),
+        drop_extras: bool = False,
     ) -> list[tuple[LoadedLora, float]]:
         """Load every ingredient, whatever its names; one error lists all that fail."""
         problems = Problems("cannot load the stack")
         loaded: list[tuple[LoadedLora, float]] = []
         for one in self.ingredients:
             try:
-                loaded.append((_load(one, allow_nonfinite, ignore, base), one.scale))
+                lora = _load(one, allow_nonfinite, ignore, base)
+                loaded.append((lora.without_extras() if drop_extras and lora.extras else lora, one.scale))
             except LoraStackError as error:
                 problems.add(error)
         problems.raise_any(ArgumentError)
@@ -173,7 +180,7 @@ def _load(one: Ingredient, allow_nonfinite: bool, ignore: Collection[str], base:
         elif step == "without_extras":
             lora = lora.without_extras(*value)
         elif base is None:
-            raise ArgumentError(f"{one.source}: names are converted to {value!r}, which needs the base (--base)")
+            raise ArgumentError(f"{one.source}: names are converted to {value!r}, which needs the base{ways(BASE)}")
         else:
             lora = convert_names(lora, base, value)
     return lora
@@ -210,8 +217,10 @@ def load(
             raise ArgumentError(f"{given}: base is for recipes; to convert names, use convert_names(lora, base)")
         return formats.load(path, name=name, allow_nonfinite=allow_nonfinite, ignore=ignore, subfolder=subfolder)
     recipe = Recipe.read(Path(given))
-    stack = recipe.stack(base=base or recipe.base, allow_nonfinite=allow_nonfinite, ignore=ignore)
-    return stack.bake(name=name or Path(given).stem)
+    said = base or recipe.base
+    model = open_base(said) if isinstance(said, str) else said
+    stack = recipe.stack(base=model, allow_nonfinite=allow_nonfinite, ignore=ignore)
+    return stack.bake(model, name or Path(given).stem)
 
 
 def load_stack(words: Iterable[str], **options: Any) -> LoraStack:

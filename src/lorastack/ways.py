@@ -51,6 +51,11 @@ def argument(name: str) -> str:
     return flag if _COMMANDS and flag in _COMMANDS[-1] else name
 
 
+def ignoring(field: str, when: str) -> Way:
+    """Leaving a field of adapter_config.json out of account."""
+    return Way(f"pass ignore=[{field!r}] {when}", f"pass --ignore {field} {when}")
+
+
 def _spoken(way: Way) -> str | None:
     if not _COMMANDS:
         return way.python
@@ -60,16 +65,17 @@ def _spoken(way: Way) -> str | None:
 
 
 #: Ways that several errors have in common.
-CONVERT = Way("convert it with lorastack.convert_names(lora, base)", "give the base with --base to convert it")
+CONVERT = Way("convert it with convert_names(lora, base)", "give --base to convert it")
+BASE = Way("give it as base=...", "give it with --base")
+NONFINITE = Way("load it with allow_nonfinite=True", "let it through with --allow-nonfinite")
+FORCE = Way("pass force=True", "pass --force")
 MIXED = (
-    Way("give the base they are for, base=...", "give the base they are for with --base"),
+    Way("give the base they are for as base=...", "give the base they are for with --base"),
     Way("let them be with allow_mixed_bases=True", "let them be with --allow-mixed-bases"),
 )
 
 
-def drop_extras(*kinds: str) -> Way:
-    """Leaving out what is not low-rank, of these kinds."""
-    return Way(
-        f"leave it out with without_extras({', '.join(map(repr, kinds))})",
-        "leave all such things out with --drop-extras",
-    )
+def drop_extras(kind: str | None = None) -> Way:
+    """Leaving out what is not low-rank, of this kind or any."""
+    said = repr(kind) if kind else ""
+    return Way(f"leave it out with without_extras({said})", "leave out all that is not low-rank with --drop-extras")

@@ -23,6 +23,7 @@ from lorastack.core.extras import HARMLESS, KINDS
 from lorastack.core.packed import Term
 from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError, Failures, NamingError, NonFiniteError, Problems, UnsupportedError
+from lorastack.ways import argument, drop_extras, ways
 
 if TYPE_CHECKING:
     from lorastack.core.stack import LoraStack
@@ -49,7 +50,10 @@ def bake(
     cut = Cut.of(rank, energy, tolerance)
     how = Method.of("svd" if method == "cat" and cut else method, density, seed)
     if how.name == "svd" and cut is None:
-        raise ArgumentError("method svd needs a rank, an energy or a tolerance; linear keeps what float32 can tell")
+        raise ArgumentError(
+            f"method svd needs {argument('rank')}, {argument('energy')} or {argument('tolerance')}; "
+            "linear keeps what float32 can tell"
+        )
     base = base if isinstance(base, BaseModel) or base is None else open_base(base)
     entries = entries_of(stack, base, "bake", allow_mixed_bases)
     _refuse_extras(entries)
@@ -160,12 +164,12 @@ def _steps(progress: Progress | None, total: int) -> Iterator[None]:
 
 
 def _refuse_extras(entries: list[Entry]) -> None:
-    problems = Problems("bake() holds low-rank updates only")
+    problems = Problems("a bake holds low-rank updates only")
     for name, lora, _ in entries:
         for kind, values in lora.extras.items():
             if kind not in HARMLESS:
                 count = f"{len(values)} of them, such as {next(iter(values))}"
-                problems.add(f"{name}: {kind}, {KINDS[kind]} ({count}); leave it out with without_extras({kind!r})")
+                problems.add(f"{name}: {kind}, {KINDS[kind]} ({count}){ways(drop_extras(kind))}")
     problems.raise_any(UnsupportedError)
 
 

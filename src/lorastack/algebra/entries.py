@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lorastack.base import BaseModel
+from lorastack.base.fit import misfits
 from lorastack.base.names import lora_of_adapter
 from lorastack.base.together import check_together
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
 from lorastack.core.packed import PackedWeight
 from lorastack.core.stack import LoraStack
-from lorastack.errors import ArgumentError, Problems, ShapeError
+from lorastack.errors import ArgumentError, NamingError, Problems, ShapeError
 
 
 class Entry(NamedTuple):
@@ -48,6 +49,15 @@ def entries_of(stack: LoraStack, base: BaseModel | None, verb: str, allow_mixed_
         name = f"adapter{n}"
         entries.append(Entry(name, lora_of_adapter(adapter, base, stack.naming, name), 1.0))
     return entries
+
+
+def check_fit(entries: Sequence[Entry], base: BaseModel) -> None:
+    """NamingError that lists everything that has no place in the base."""
+    problems = Problems(f"base {base.name} does not fit")
+    for one in entries:
+        for line in misfits(one.lora, base):
+            problems.add(f"{one.name}: {line}")
+    problems.raise_any(NamingError)
 
 
 def weights_of(entries: Sequence[Entry], done: str) -> Mapping[str, Mapping[int, LoraDelta]]:

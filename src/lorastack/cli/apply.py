@@ -8,19 +8,24 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from lorastack.cli.options import Adapters, AllowNonfinite, Force, Ignore
+from lorastack.algebra.entries import check_fit, entries_of
+from lorastack.base import open_base
+from lorastack.cli.options import Adapters, AllowMixedBases, AllowNonfinite, Base, DropExtras, Force, Ignore
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, UnknownNameError
 from lorastack.files import check_output, whole_output
-from lorastack.recipe import load_stack
+from lorastack.recipe import Recipe
 
 
 def apply(
     adapters: Adapters,
     tensor: Annotated[str, typer.Option("--tensor", "-t", metavar="NAME", help="The weight, by its own name.")],
-    source: Annotated[Path, typer.Option("--input", "-i", metavar="X.npy", help="The input, [..., in].")],
+    x_file: Annotated[Path, typer.Option("--input", "-i", metavar="X.npy", help="The input, [..., in].")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="Y.npy", help="Where the sum goes, [..., out].")],
+    base: Base = None,
+    drop_extras: DropExtras = False,
     force: Force = False,
+    allow_mixed_bases: AllowMixedBases = False,
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
 ) -> None:
@@ -33,8 +38,14 @@ def apply(
     `lorastack apply ./zara ./robot:0.5 -t model.layers.0.self_attn.q_proj.weight -i x.npy -o y.npy`
     """
     check_output(output, force)
-    stack = load_stack(adapters, allow_nonfinite=allow_nonfinite, ignore=ignore or ())
-    x = _read_array(source)
+    recipe = Recipe.of_words(adapters)
+    source = base or recipe.base
+    model = open_base(source) if source else None
+    stack = recipe.stack(base=model, allow_nonfinite=allow_nonfinite, ignore=ignore or (), drop_extras=drop_extras)
+    entries = entries_of(stack, model, "apply", allow_mixed_bases)
+    if model is not None:
+        check_fit(entries, model)
+    x = _read_array(x_file)
     y = stack.apply(tensor, x, _out_features(stack, tensor))
     with whole_output(output, force) as path, path.open("wb") as file:
         np.save(file, y)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 
-from lorastack.cli.options import AllowNonfinite, Ignore
+from lorastack.cli.options import AllowNonfinite, DropExtras, Ignore
 from lorastack.errors import ArgumentError, require
 from lorastack.mixture import parse_entry
 from lorastack.recipe import Recipe
@@ -48,6 +48,7 @@ def run(
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Leave out adapter weights that the base has no module for.")
     ] = False,
+    drop_extras: DropExtras = False,
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
 ) -> None:
@@ -75,7 +76,7 @@ def run(
     from lorastack.torch.generate import encode, generate, load_base
 
     recipe = Recipe.of_words(adapters or [])
-    entries = recipe.entries(allow_nonfinite=allow_nonfinite, ignore=ignore or ())
+    entries = recipe.entries(allow_nonfinite=allow_nonfinite, ignore=ignore or (), drop_extras=drop_extras)
     model, tokenizer = load_base(base, dtype, device)
     if seed is not None:
         torch.manual_seed(seed)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from lorastack.cli.options import AllowNonfinite, Force, Ignore
+from lorastack.cli.options import AllowNonfinite, DropExtras, Force, Ignore
 from lorastack.errors import ArgumentError, Problems, require
 from lorastack.files import check_output, whole_output
 from lorastack.recipe import Recipe
@@ -51,6 +51,7 @@ def tune(
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="auto, f32, f16 or bf16.")] = "auto",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, mps, ...")] = "auto",
     force: Force = False,
+    drop_extras: DropExtras = False,
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
 ) -> None:
@@ -76,7 +77,7 @@ def tune(
     from lorastack.torch.generate import load_base
 
     recipe = Recipe.of_words(adapters)
-    entries = recipe.entries(allow_nonfinite=allow_nonfinite, ignore=ignore or ())
+    entries = recipe.entries(allow_nonfinite=allow_nonfinite, ignore=ignore or (), drop_extras=drop_extras)
     model, tokenizer = load_base(base, dtype, device)
     with _trial_bar(trials) as progress:
         tuned = search(

@@ -15,6 +15,7 @@ from lorastack.core.extras import KINDS, extras_at
 from lorastack.core.packed import PackedWeight, Term
 from lorastack.core.target import Naming, TargetModule
 from lorastack.errors import ArgumentError, NamingError, UnknownNameError, UnsupportedError
+from lorastack.ways import CONVERT, Way, drop_extras, ways
 
 if TYPE_CHECKING:
     from lorastack.base import BaseModel
@@ -76,8 +77,7 @@ class LoraStack:
             there = self._entries[0]
             raise NamingError(
                 f"{lora.name} has {_KIND_NAMES[lora.naming]}, {there.name} on this stack has "
-                f"{_KIND_NAMES[there.lora.naming]}; one stack holds one kind: convert one of them with "
-                "lorastack.convert_names(lora, base), or give --base to the command"
+                f"{_KIND_NAMES[there.lora.naming]}; one stack holds one kind{ways(CONVERT)}"
             )
         self._entries.append(Entry(self._free_name(lora.name), lora, _finite(scale)))
         self._packs = {}
@@ -327,8 +327,12 @@ class LoraStack:
         ]
         if unmet:
             raise UnsupportedError(
-                "apply() adds low-rank updates only; attach the stack to a model with lorastack.torch, "
-                "or take the adapter out",
+                "only low-rank updates can be applied to an array"
+                + ways(
+                    Way("attach the stack to a model with lorastack.torch", "give prompts to `lorastack run`"),
+                    drop_extras(),
+                    "take the adapter out",
+                ),
                 unmet,
             )
         names = [entry.name for entry, delta in found if delta is not None]

@@ -11,6 +11,7 @@ from lorastack.base.architectures import BY_HF
 from lorastack.base.model import BaseModel
 from lorastack.core.delta import LoraDelta
 from lorastack.errors import UnsupportedError
+from lorastack.ways import CONVERT, ways
 
 
 class Place(NamedTuple):
@@ -81,8 +82,7 @@ class Places:
         config = getattr(model, "config", None)
         if config is None:
             raise UnsupportedError(
-                f"{type(model).__name__} has no config, so GGUF names cannot be converted for it; "
-                "convert the adapter with convert_names(lora, base) first"
+                f"{type(model).__name__} has no config, so GGUF names cannot be converted for it" + ways(CONVERT)
             )
         said = config.get_text_config().to_dict() if hasattr(config, "get_text_config") else dict(vars(config))
         # The names are what conversion needs: a quantised module has its weight under others, and shapes of its own,

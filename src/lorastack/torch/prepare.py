@@ -19,6 +19,7 @@ from lorastack.torch.places import Place, Places
 from lorastack.torch.prepared import Prepared
 from lorastack.torch.saved import Patch, check_saved_embeddings, make_patches
 from lorastack.torch.tensors import to_torch
+from lorastack.ways import drop_extras, ways
 
 
 @dataclass
@@ -63,7 +64,7 @@ def prepare(
             problems.add("none of its target modules and layers is in the model")
     for kind in ("norm", "alora"):
         if kind in extras:
-            problems.add(f"{KINDS[kind]} cannot be honoured; leave it out with without_extras({kind!r})")
+            problems.add(f"{KINDS[kind]} cannot be honoured{ways(drop_extras(kind))}")
     check_saved_embeddings(extras, places, problems)
     parts: list[Prepared] = []
     for name, delta in wanted.items():

@@ -16,6 +16,7 @@ from lorastack.core.factor import Factor
 from lorastack.errors import Problems
 from lorastack.torch.places import Places, is_conv1d
 from lorastack.torch.tensors import to_torch
+from lorastack.ways import drop_extras, ways
 
 
 class BiasPatch:
@@ -196,6 +197,6 @@ def check_saved_embeddings(extras: Any, places: Places, problems: Problems) -> N
         ):
             problems.add(
                 f"saved base weight {name} {list(factor.shape)} differs from the model's {list(own.shape)}: "
-                "the adapter was trained on a changed base; load it into the model first, "
-                "or leave it out with without_extras('base_weight')"
+                "the adapter was trained on a changed base"
+                + ways("load that into the model first", drop_extras("base_weight"))
             )
