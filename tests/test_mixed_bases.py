@@ -149,9 +149,7 @@ def test_gguf_adapters_of_one_architecture_go_together_and_of_two_do_not(tmp_pat
     up = gguf_adapter(tmp_path / "up.gguf", "phi2", ["blk.0.ffn_up.weight"])
     other = gguf_adapter(tmp_path / "other.gguf", "mamba", ["blk.0.attn_q.weight"])
     assert stack_of(q, up).bake().num_adapters() == 2
-    with pytest.raises(
-        NamingError, match=r"different architectures(.|\n)*q: architecture phi2(.|\n)*architecture mamba"
-    ):
+    with pytest.raises(NamingError, match=r"different architectures(.|\n)*q: .* phi2(.|\n)*architecture mamba"):
         stack_of(q, other).bake()
     sized = [
         gguf_adapter(tmp_path / f"{size}.gguf", "phi2", ["blk.0.attn_q.weight"], f"https://hf.co/org/phi-{size}")
