@@ -225,3 +225,11 @@ def test_a_base_settles_it_where_each_fits(lorastack: Command, command: str) -> 
     said = lorastack.fails(command, "a", "bert", *more, "--base", "model")
     assert f"weight {BERT[0]}.weight is none of the base's" in said
     lorastack.works(command, "a", "b", *more, "--base", "model")
+    for name in "ab":  # nor do the bases that recipes name matter then
+        text = f'base = "org/{name}"\n[[adapter]]\nsource = "{name}"\n'
+        (lorastack.folder / f"{name}.toml").write_text(text)
+    again = ["--force"] if command != "compare" else []
+    assert "the recipes name different bases: org/a, org/b" in lorastack.fails(
+        command, "a.toml", "b.toml", *more, *again
+    )
+    lorastack.works(command, "a.toml", "b.toml", *more, *again, "--base", "model")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer.main
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from lorastack import LoadedLora, LoraStack, load
 from lorastack.cli import app
@@ -53,7 +53,7 @@ def test_ways_are_those_of_who_asks() -> None:
 
 
 def spoken() -> list[tuple[str, int, str]]:
-    """File, line and text of every message that is raised or noted, outside of `Way`, `ways` and who only Python has."""
+    """File, line and text of every message that is raised or noted, less the ways out."""
     found = []
     for path in sorted(SOURCE.rglob("*.py")):
         tree = ast.parse(path.read_text())
@@ -63,8 +63,10 @@ def spoken() -> list[tuple[str, int, str]]:
     return found
 
 
-SPEAKERS = {"add", "Problems", "Failures", "ArgumentError", "FormatError", "NamingError", "ShapeError", "NonFiniteError",
-            "UnsupportedError", "UnknownNameError", "OutputError"}  # fmt: skip
+SPEAKERS = {
+    *("add", "Problems", "Failures", "ArgumentError", "FormatError", "NamingError", "ShapeError", "NonFiniteError"),
+    *("UnsupportedError", "UnknownNameError", "OutputError"),
+}
 
 
 def _name(function: ast.expr) -> str:
@@ -87,12 +89,10 @@ def _texts(node: ast.AST) -> list[str]:
 PYTHON_ONLY = {
     "core/stack.py": "push() and push_adapter()",
     "core/adapter.py": "the view as a LoraAdapter",
-    "algebra/entries.py": "the second list",
     "torch/attach.py": "attach()",
     "torch/handle.py": "rows()",
     "torch/tune.py": "push_adapter() and score()",
     "recipe.py": "load(base=)",
-    "formats/__init__.py": "save(architecture=)",
     "base/model.py": "the base's own script",
     "base/names.py": "conversion",
 }
@@ -130,8 +130,6 @@ def extras(folder: Path) -> Path:
     """A classification adapter: its head is a module saved whole."""
     peft(folder, "org/m", FALCON)
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    from safetensors.numpy import load_file
-
     head = {"base_model.model.classifier.weight": np.ones((3, 6), np.float32)}
     save_file(load_file(file) | head, file, {"format": "pt"})
     config.write_text(json.dumps(json.loads(config.read_text()) | {"modules_to_save": ["classifier"]}))
@@ -141,8 +139,6 @@ def extras(folder: Path) -> Path:
 def dora(folder: Path) -> Path:
     peft(folder, "org/m", FALCON)
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    from safetensors.numpy import load_file
-
     lengths = {f"base_model.model.{m}.lora_magnitude_vector.weight": np.ones(5, np.float32) for m in FALCON}
     save_file(load_file(file) | lengths, file, {"format": "pt"})
     config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
@@ -152,8 +148,6 @@ def dora(folder: Path) -> Path:
 def nan(folder: Path) -> Path:
     peft(folder, "org/m", FALCON)
     file = folder / "adapter_model.safetensors"
-    from safetensors.numpy import load_file
-
     save_file({key: array * np.float32(np.nan) for key, array in load_file(file).items()}, file, {"format": "pt"})
     return folder
 
@@ -196,6 +190,7 @@ BAD: dict[str, set[str]] = {
     "bake plain -o out --method dare@core --seed -1": {"--seed"},
     "bake plain -o out --dtype f63": {"--dtype"},
     "bake convert.toml -o out": {"--base"},
+    "bake one.toml two.toml -o out": {"--base"},
     "resize extras --rank 1 -o out": {"--drop-extras"},
     "resize nan --rank 1 -o out": {"--allow-nonfinite"},
     "resize plain --rank 0 -o out": {"--rank"},
@@ -232,6 +227,9 @@ def test_a_command_names_its_own_flags_and_no_python(lorastack: Command, line: s
         MAKE[name](lorastack.folder / name)
     np.save(lorastack.folder / "x.npy", np.ones(6, np.float32))
     (lorastack.folder / "convert.toml").write_text('[[adapter]]\nsource = "luna"\nsteps = [{names = "gguf"}]\n')
+    for name in ("one", "two"):
+        text = f'base = "org/{name}"\n[[adapter]]\nsource = "luna"\n'
+        (lorastack.folder / f"{name}.toml").write_text(text)
     done = lorastack(*words)
     assert done.code == 1, done
     assert not PYTHON.search(done.err), PYTHON.search(done.err)

@@ -19,7 +19,7 @@ from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError, LoraStackError, Problems
 from lorastack.formats.provenance import Ingredient, Provenance, hashes
 from lorastack.mixture import parse_entry
-from lorastack.ways import BASE, ways
+from lorastack.ways import BASE, MIXED, ways
 
 _ADAPTER_KEYS = {"source", "scale", "name", "select", "scales", "steps", "sha256"}
 _STEPS = {"select", "scales", "names", "without_extras"}
@@ -30,9 +30,12 @@ class Recipe(Provenance):
     """A provenance that can be read from a TOML file and made again."""
 
     @classmethod
-    def of_words(cls, words: Iterable[str]) -> Recipe:
-        """From ``FILE:SCALE`` words; a ``.toml`` file among them brings its own ingredients, times its scale."""
-        return cls(tuple(Ingredient(*parse_entry(word)) for word in words))._unfolded()
+    def of_words(cls, words: Iterable[str], base: str | None = None) -> Recipe:
+        """From ``FILE:SCALE`` words; a ``.toml`` file among them brings its own ingredients, times its scale.
+
+        A ``base`` takes the place of those that recipes name.
+        """
+        return cls(tuple(Ingredient(*parse_entry(word)) for word in words))._unfolded(base=base)
 
     @classmethod
     def read(cls, path: Path, within: tuple[Path, ...] = ()) -> Recipe:
@@ -72,7 +75,7 @@ class Recipe(Provenance):
         problems.raise_any(ArgumentError)
         return cls(tuple(ingredients), _located(base, folder) if base else None)
 
-    def _unfolded(self, within: tuple[Path, ...] = ()) -> Recipe:
+    def _unfolded(self, within: tuple[Path, ...] = (), base: str | None = None) -> Recipe:
         """With the ingredients of every recipe among its own, times that one's scale."""
         ingredients: list[Ingredient] = []
         bases = [self.base] if self.base else []
@@ -89,8 +92,10 @@ class Recipe(Provenance):
             ingredients += [
                 replace(i, scale=i.scale * one.scale, steps=(*i.steps, *one.steps)) for i in inner.ingredients
             ]
+        bases = [base] if base else bases
         if len(set(bases)) > 1:
-            raise ArgumentError(f"the recipes name different bases: {', '.join(dict.fromkeys(bases))}")
+            named = ", ".join(dict.fromkeys(bases))
+            raise ArgumentError(f"the recipes name different bases: {named}{ways(MIXED[0])}")
         return Recipe(tuple(ingredients), bases[0] if bases else None)
 
     def seen_from(self, folder: Path, also_absolute: bool = False) -> Recipe:

@@ -20,7 +20,7 @@ from lorastack.recipe import Recipe
 def apply(
     adapters: Adapters,
     tensor: Annotated[str, typer.Option("--tensor", "-t", metavar="NAME", help="The weight, by its own name.")],
-    x_file: Annotated[Path, typer.Option("--input", "-i", metavar="X.npy", help="The input, [..., in].")],
+    source: Annotated[Path, typer.Option("--input", "-i", metavar="X.npy", help="The input, [..., in].")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="Y.npy", help="Where the sum goes, [..., out].")],
     base: Base = None,
     drop_extras: DropExtras = False,
@@ -38,14 +38,13 @@ def apply(
     `lorastack apply ./zara ./robot:0.5 -t model.layers.0.self_attn.q_proj.weight -i x.npy -o y.npy`
     """
     check_output(output, force)
-    recipe = Recipe.of_words(adapters)
-    source = base or recipe.base
-    model = open_base(source) if source else None
+    recipe = Recipe.of_words(adapters, base)
+    model = open_base(recipe.base) if recipe.base else None
     stack = recipe.stack(base=model, allow_nonfinite=allow_nonfinite, ignore=ignore or (), drop_extras=drop_extras)
     entries = entries_of(stack, model, "apply", allow_mixed_bases)
     if model is not None:
         check_fit(entries, model)
-    x = _read_array(x_file)
+    x = _read_array(source)
     y = stack.apply(tensor, x, _out_features(stack, tensor))
     with whole_output(output, force) as path, path.open("wb") as file:
         np.save(file, y)

@@ -79,9 +79,8 @@ def bake(
     for path, _ in outputs:
         check_output(path, force)
     as_gguf = output.suffix == ".gguf"
-    recipe = Recipe.of_words(adapters)
-    source = base or recipe.base
-    model = open_base(source) if source else None
+    recipe = Recipe.of_words(adapters, base)
+    model = open_base(recipe.base) if recipe.base else None
     naming: Naming | None = ("gguf" if as_gguf else "hf") if model else None
     stack = recipe.stack(
         base=model, naming=naming, allow_nonfinite=allow_nonfinite, ignore=ignore or (), drop_extras=drop_extras

@@ -72,9 +72,8 @@ def compare_command(
 
     `lorastack compare zara.gguf ./robot --base ./my-model --weights`
     """
-    recipe = Recipe.of_words(list(_several(adapters)))
-    source = base or recipe.base
-    model = open_base(source) if source else None
+    recipe = Recipe.of_words(_several(adapters), base)
+    model = open_base(recipe.base) if recipe.base else None
     stack = recipe.stack(base=model, naming=model.naming if model else None, ignore=ignore or ())
     search = IntruderSearch(INTRUDERS.leading, INTRUDERS.epsilon, cache) if intruders else None
     done = 0

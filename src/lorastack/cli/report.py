@@ -45,14 +45,13 @@ def report(
     if output.suffix not in (".html", ".htm"):
         raise ArgumentError(f"{output}: give it a name that ends with .html")
     check_output(output, force)
-    recipe = Recipe.of_words(adapters)
-    source = base or recipe.base
-    if intruders and not source:
+    recipe = Recipe.of_words(adapters, base)
+    if intruders and not recipe.base:
         raise ArgumentError("--intruders compares with the base; give it with --base")
     require("plotly", "report")
     from lorastack.report import report as write
 
-    model = open_base(source) if source else None
+    model = open_base(recipe.base) if recipe.base else None
     stack = recipe.stack(base=model, ignore=ignore or ())
     with step_bar("measuring") as step:
         write(stack, output, model, force, intruders=intruders, allow_mixed_bases=allow_mixed_bases, progress=step)

@@ -75,7 +75,7 @@ def run(
     from lorastack.torch import attach_all
     from lorastack.torch.generate import encode, generate, load_base
 
-    recipe = Recipe.of_words(adapters or [])
+    recipe = Recipe.of_words(adapters or [], base)
     entries = recipe.entries(allow_nonfinite=allow_nonfinite, ignore=ignore or (), drop_extras=drop_extras)
     model, tokenizer = load_base(base, dtype, device)
     if seed is not None:

@@ -76,7 +76,7 @@ def tune(
     from lorastack.torch import tune as search
     from lorastack.torch.generate import load_base
 
-    recipe = Recipe.of_words(adapters)
+    recipe = Recipe.of_words(adapters, base)
     entries = recipe.entries(allow_nonfinite=allow_nonfinite, ignore=ignore or (), drop_extras=drop_extras)
     model, tokenizer = load_base(base, dtype, device)
     with _trial_bar(trials) as progress:
