@@ -161,19 +161,45 @@ def test_overall_is_the_error_of_all_weights_as_one() -> None:
     assert baked.made["error"] == pytest.approx(np.sqrt(lost / total), abs=1e-6)
 
 
+@pytest.mark.parametrize("rank", [13, 4096, [13, 40], [8, 16]])
+@pytest.mark.parametrize("shape", [(40, 30), (9, 14), (3, 50)])
+def test_a_rank_above_all_there_is_keeps_everything(rank, shape) -> None:
+    stack, most = two(*shape), min(12, *shape)
+    baked = stack.bake(rank=rank, tolerance=0.0 if isinstance(rank, list) else None)
+    assert (baked.rank, baked.made["error"]) == (most, 0.0)
+    assert baked.made["ranks"] == {"w": most}
+    if rank != [8, 16] or most < 8:
+        assert baked.made["rank"] == most
+    np.testing.assert_allclose(dense(baked.adapters["w"]), dense_sum(stack, "w"), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ties@dense", "ties@knots", "dare@core", "magnitude_prune@dense"])
+def test_a_rank_above_all_there_is_is_the_most_a_method_can_give(method) -> None:
+    free, above = (two(9, 14).bake(method=method, rank=rank) for rank in (9, 1000))
+    assert (above.rank, above.made["rank"], above.made["error"]) == (9, 9, free.made["error"])
+    np.testing.assert_array_equal(dense(above.adapters["w"]), dense(free.adapters["w"]))
+
+
+def test_where_ranks_are_mixed_each_weight_keeps_what_it_has() -> None:
+    rng = np.random.default_rng(5)
+    pairs = {f"w{r}": (rng.standard_normal((r, 30)), rng.standard_normal((40, r))) for r in (4, 16)}
+    baked = LoraStack([(LoadedLora.from_tensors(pairs), 1.0)]).bake(rank=8)
+    assert (baked.made["rank"], baked.made["ranks"]) == (8, {"w4": 4, "w16": 8})
+    assert baked.made["errors"]["w4"] == 0.0 < baked.made["errors"]["w16"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rank": 0}, "rank is 0, expected a whole number from 1 on"),
         ({"rank": 2.5}, "rank is 2.5"),
         ({"rank": []}, "rank is an empty list"),
-        ({"rank": 13}, "rank 13 is more than any weight here can have, which is 12"),
         ({"energy": 1.5}, "energy is 1.5"),
         ({"tolerance": -1}, "tolerance is -1"),
         ({"energy": float("nan")}, "energy is nan"),
         ({"energy": 0.9, "tolerance": 0.1}, "give one of them"),
         ({"rank": 0, "energy": 2}, r"2 problems\n  - rank is 0.*\n  - energy is 2"),
-        ({"method": "svd"}, "method svd needs a rank"),
+        ({"method": "svd"}, "method svd needs rank, energy or tolerance"),
         ({"method": "ties"}, "needs a space: ties@dense, ties@knots, ties@core"),
         ({"method": "slerp"}, "there is no method 'slerp'; there are cat, linear"),
         ({"method": "ties@core", "density": 0}, "density is 0"),
@@ -202,7 +228,7 @@ def test_an_empty_stack_wrong_shapes_and_nan_are_errors() -> None:
 def test_real_gpt2_adapters_of_different_ranks(shared: Path) -> None:
     names = ("gpt2-tigrinya-v1", "gpt2-tigrinya-v2", "dialogpt-small-patient")
     stack = LoraStack([(load(shared / "peft" / name), 0.5) for name in names])
-    baked = stack.bake(rank=[4, 8, 16], energy=0.9)
+    baked = stack.bake(rank=[4, 8, 16], energy=0.9, allow_mixed_bases=True)
     assert set(baked.made["ranks"].values()) <= {4, 8, 16}
     for weight in list(stack.weights)[:3]:
         rank = baked.made["ranks"][weight]

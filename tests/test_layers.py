@@ -11,7 +11,8 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "lorastack"
 #: From the ground up; ``core`` by its own files.
 ORDER = (
-    "errors pipeline core.dtypes core.factor core.delta core.target core.extras core.adapter core.packed core.stack "
+    "errors ways pipeline "
+    "core.dtypes core.factor core.delta core.target core.extras core.adapter core.packed core.stack "
     "hub files formats base algebra mixture recipe inspect torch report cli"
 ).split()
 #: function -> the lower layers it imports: facades that users expect as methods.

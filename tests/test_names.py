@@ -376,7 +376,7 @@ def test_extras_that_cannot_be_converted_are_all_listed(tmp_path: Path) -> None:
     }
     lora = load(peft_folder(tmp_path / "saved", tensors, modules_to_save=["norm", "lm_head"]))
     base = hf_base("LlamaForCausalLM", {Q: (16, 5)}, num_attention_heads=2)
-    with pytest.raises(UnsupportedError, match=r"leave them out with without_extras\(\)") as caught:
+    with pytest.raises(UnsupportedError, match=r"cannot be converted; leave it out with without_extras\(\)") as caught:
         convert_names(lora, base)
     assert sorted(caught.value.problems) == ["modules_to_save: lm_head.weight", "modules_to_save: model.norm.weight"]
     assert list(convert_names(lora.without_extras(), base).adapters) == ["blk.0.attn_q.weight"]

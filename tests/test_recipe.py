@@ -321,7 +321,7 @@ def test_every_adapter_with_names_of_another_kind_is_listed(folder: Path) -> Non
         load_stack([f"{folder}/a.gguf", f"{folder}/a", f"{folder}/b.gguf", f"{folder}/b"])
     for name, line in zip("ab", caught.value.problems, strict=True):
         assert line.startswith(f"{name} has Hugging Face names, a on this stack has GGUF tensor names")
-        assert "give --base" in line
+        assert "convert_names(lora, base)" in line
 
 
 def test_a_step_that_finds_nothing_is_an_error(folder: Path) -> None:
@@ -421,7 +421,9 @@ def test_two_formats_baked_with_a_base_bake_again_without_being_told_the_base(de
 
 def test_a_recipe_with_names_to_convert_and_no_base_says_so(demo: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path / "r.toml", f'[[adapter]]\nsource = "{demo}/luna"\nsteps = [{{ names = "gguf" }}]\n')
-    with pytest.raises(ArgumentError, match=r"luna: names are converted to 'gguf', which needs the base \(--base\)"):
+    with pytest.raises(
+        ArgumentError, match=r"luna: names are converted to 'gguf', which needs the base; give it as base="
+    ):
         load_stack([str(path)])
     assert load_stack([str(path)], base=str(demo / "base.gguf")).naming == "gguf"
 

@@ -232,7 +232,7 @@ def test_bad_outputs_and_stacks(stack: LoraStack, tmp_path: Path, shared: Path) 
         report(stack, tmp_path / "x.html", shared / "gguf_cases" / "base_tied.gguf")
     assert not list(tmp_path.iterdir())
     (tmp_path / "x.html").write_text("mine")
-    with pytest.raises(ArgumentError, match="--force"):
+    with pytest.raises(ArgumentError, match="force=True"):
         report(stack, tmp_path / "x.html")
     assert (tmp_path / "x.html").read_text() == "mine"
     report(stack, tmp_path / "x.html", force=True)

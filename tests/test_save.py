@@ -239,7 +239,9 @@ def test_what_an_adapter_says_of_itself_stays(tmp_path: Path) -> None:
 
 def test_an_adapter_made_in_memory_can_be_told_its_architecture(tmp_path: Path) -> None:
     lora = LoadedLora.from_tensors({"blk.0.attn_q.weight": (np.ones((2, 3)), np.ones((4, 2)))}, alpha=2)
-    with pytest.raises(FormatError, match=r"the base's architecture is not known; .* give architecture='llama'"):
+    with pytest.raises(
+        FormatError, match=r"the base's architecture is not known; .* say it, as in architecture='llama'"
+    ):
         lora.save(tmp_path / "x.gguf")
     assert load(lora.save(tmp_path / "x.gguf", architecture="llama")).metadata["general.architecture"] == "llama"
     with pytest.raises(
@@ -316,7 +318,7 @@ def test_all_that_gguf_cannot_hold_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="lora cannot be written as GGUF: 9 problems") as caught:
         save(replace(lora, extras=extras), tmp_path / "x.gguf")
     said = caught.value.problems
-    assert "its weights do not have GGUF names; convert it with convert_names(lora, base) (--base)" in said
+    assert "its weights do not have GGUF names; convert it with convert_names(lora, base)" in said
     assert "weight blk.0.c.weight is a convolution, which GGUF adapters cannot hold" in said
     assert f"tensor {long}.lora_a: the name has 72 bytes, GGUF takes 63" in said
     for kind in ("dora", "lora_bias", "bias", "modules_to_save", "new_tokens"):
@@ -457,6 +459,11 @@ def written_by_peft(folder: Path, case: str) -> tuple[torch.nn.Module, LoraConfi
 IDS = torch.tensor([[0, 1, 4, 7, 10, 3]])
 
 
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Two models of the same weights: where these lie in memory decides how a processor's kernels round."""
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", EXTRAS)
 def test_all_that_peft_wrote_comes_back_as_peft_wrote_it(tmp_path: Path, case: str) -> None:
@@ -473,7 +480,7 @@ def test_all_that_peft_wrote_comes_back_as_peft_wrote_it(tmp_path: Path, case: s
         base, expected = Net().eval()(IDS), model(IDS)
         found = peft_model(Net(), [ours])(IDS)
     assert (expected - base).abs().max() > 0.01
-    assert torch.equal(found, expected)
+    assert_close(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -488,7 +495,7 @@ def test_without_its_extras_peft_takes_the_low_rank_part_alone(tmp_path: Path, c
     factors = {key: weight for key, weight in model.state_dict().items() if key.endswith(endings)}
     assert not expected.load_state_dict(factors, strict=False).unexpected_keys
     with torch.no_grad():
-        assert torch.equal(peft_model(Net(), [ours])(IDS), expected(IDS))
+        assert_close(peft_model(Net(), [ours])(IDS), expected(IDS))
 
 
 def test_invocation_tokens_go_through_both_formats(tmp_path: Path) -> None:
@@ -587,7 +594,7 @@ def test_an_output_that_exists_is_replaced_only_by_force(tmp_path: Path, naming:
     path = tmp_path / output
     put(path, there)
     before = contents(path)
-    with pytest.raises(ArgumentError, match=r"exists; choose another name or pass force=True \(--force\)"):
+    with pytest.raises(ArgumentError, match=r"exists; choose another name, or pass force=True$"):
         save(small(naming), path)
     assert contents(path) == before
     assert save(small(naming), path, force=True) == path

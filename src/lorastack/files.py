@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorastack.errors import ArgumentError, LoraStackError
+from lorastack.ways import FORCE, ways
 
 
 class OutputError(LoraStackError, OSError):
@@ -55,7 +56,7 @@ def check_output(target: Path, force: bool) -> None:
     if not target.parent.is_dir():
         raise ArgumentError(f"{target}: the folder {target.parent} does not exist; create it first")
     if not force and (target.exists() or target.is_symlink()):
-        raise ArgumentError(f"{target} exists; choose another name or pass force=True (--force)")
+        raise ArgumentError(f"{target} exists{ways('choose another name', FORCE)}")
 
 
 def _sync(path: Path) -> None:

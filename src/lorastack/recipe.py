@@ -6,7 +6,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError, LoraStackError, Problems
 from lorastack.formats.provenance import Ingredient, Provenance, hashes
 from lorastack.mixture import parse_entry
+from lorastack.ways import BASE, MIXED, ways
 
 _ADAPTER_KEYS = {"source", "scale", "name", "select", "scales", "steps", "sha256"}
 _STEPS = {"select", "scales", "names", "rename", "without_extras"}
@@ -29,9 +30,12 @@ class Recipe(Provenance):
     """A provenance that can be read from a TOML file and made again."""
 
     @classmethod
-    def of_words(cls, words: Iterable[str]) -> Recipe:
-        """From ``FILE:SCALE`` words; a ``.toml`` file among them brings its own ingredients, times its scale."""
-        return cls(tuple(Ingredient(*parse_entry(word)) for word in words))._unfolded()
+    def of_words(cls, words: Iterable[str], base: str | None = None) -> Recipe:
+        """From ``FILE:SCALE`` words; a ``.toml`` file among them brings its own ingredients, times its scale.
+
+        A ``base`` takes the place of those that recipes name.
+        """
+        return cls(tuple(Ingredient(*parse_entry(word)) for word in words))._unfolded(base=base)
 
     @classmethod
     def read(cls, path: Path, within: tuple[Path, ...] = ()) -> Recipe:
@@ -71,7 +75,7 @@ class Recipe(Provenance):
         problems.raise_any(ArgumentError)
         return cls(tuple(ingredients), _located(base, folder) if base else None)
 
-    def _unfolded(self, within: tuple[Path, ...] = ()) -> Recipe:
+    def _unfolded(self, within: tuple[Path, ...] = (), base: str | None = None) -> Recipe:
         """With the ingredients of every recipe among its own, times that one's scale."""
         ingredients: list[Ingredient] = []
         bases = [self.base] if self.base else []
@@ -88,8 +92,10 @@ class Recipe(Provenance):
             ingredients += [
                 replace(i, scale=i.scale * one.scale, steps=(*i.steps, *one.steps)) for i in inner.ingredients
             ]
+        bases = [base] if base else bases
         if len(set(bases)) > 1:
-            raise ArgumentError(f"the recipes name different bases: {', '.join(dict.fromkeys(bases))}")
+            named = ", ".join(dict.fromkeys(bases))
+            raise ArgumentError(f"the recipes name different bases: {named}{ways(MIXED[0])}")
         return Recipe(tuple(ingredients), bases[0] if bases else None)
 
     def seen_from(self, folder: Path, also_absolute: bool = False) -> Recipe:
@@ -118,19 +124,21 @@ class Recipe(Provenance):
         allow_nonfinite: bool = False,
         ignore: Collection[str] = (),
         drop_extras: bool = False,
+        rename: Mapping[str, str] | None = None,
     ) -> LoraStack:
         """Load every ingredient and push it; one error lists all that fail.
 
         With a base, adapters of different naming are converted to ``naming`` (the first one's when not given).
-        ``drop_extras`` leaves out what is not low-rank.
+        ``drop_extras`` leaves out what is not low-rank. ``rename`` replaces the front of weights' names, as
+        `LoadedLora.with_weights_renamed` does, in every adapter that has such weights.
         """
         base = base if isinstance(base, BaseModel) or base is None else open_base(base)
         stack = LoraStack()
         problems = Problems("cannot load the stack")
-        for lora, scale in self.entries(base=base, allow_nonfinite=allow_nonfinite, ignore=ignore):
+        for lora, scale in self.entries(
+            base=base, allow_nonfinite=allow_nonfinite, ignore=ignore, drop_extras=drop_extras, rename=rename
+        ):
             try:
-                if drop_extras and lora.extras:
-                    lora = lora.without_extras()
                 to = naming or stack.naming
                 if base is not None and to and to != lora.naming and "own" not in (to, lora.naming):
                     lora = convert_names(lora, base, to)
@@ -141,18 +149,37 @@ class Recipe(Provenance):
         return stack
 
     def entries(
-        self, *, base: BaseModel | None = None, allow_nonfinite: bool = False, ignore: Collection[str] = ()
+        self,
+        *,
+        base: BaseModel | None = None,
+        allow_nonfinite: bool = False,
+        ignore: Collection[str] = (),
+        drop_extras: bool = False,
+        rename: Mapping[str, str] | None = None,
     ) -> list[tuple[LoadedLora, float]]:
         """Load every ingredient, whatever its names; one error lists all that fail."""
         problems = Problems("cannot load the stack")
         loaded: list[tuple[LoadedLora, float]] = []
         for one in self.ingredients:
             try:
-                loaded.append((_load(one, allow_nonfinite, ignore, base), one.scale))
+                lora = _load(one, allow_nonfinite, ignore, base)
+                loaded.append((lora.without_extras() if drop_extras and lora.extras else lora, one.scale))
             except LoraStackError as error:
                 problems.add(error)
         problems.raise_any(ArgumentError)
-        return loaded
+        return _renamed(loaded, rename or {})
+
+
+def _renamed(loaded: list[tuple[LoadedLora, float]], rename: Mapping[str, str]) -> list[tuple[LoadedLora, float]]:
+    """The adapters with the front of their weights' names replaced, each by what it has of ``rename``."""
+    own = [{old: new for old, new in rename.items() if lora.has_front(old)} for lora, _ in loaded]
+    if dead := [old for old in rename if not any(old in mine for mine in own)]:
+        names = ", ".join(name for lora, _ in loaded for name in list(lora.adapters)[:2])
+        raise ArgumentError(f"no weight's name begins with {', '.join(dead)}; weights are named like {names}")
+    return [
+        (lora.with_weights_renamed(mine) if mine else lora, scale)
+        for (lora, scale), mine in zip(loaded, own, strict=True)
+    ]
 
 
 def _load(one: Ingredient, allow_nonfinite: bool, ignore: Collection[str], base: BaseModel | None) -> LoadedLora:
@@ -175,7 +202,7 @@ def _load(one: Ingredient, allow_nonfinite: bool, ignore: Collection[str], base:
         elif step == "without_extras":
             lora = lora.without_extras(*value)
         elif base is None:
-            raise ArgumentError(f"{one.source}: names are converted to {value!r}, which needs the base (--base)")
+            raise ArgumentError(f"{one.source}: names are converted to {value!r}, which needs the base{ways(BASE)}")
         else:
             lora = convert_names(lora, base, value)
     return lora
@@ -188,6 +215,7 @@ def load(
     allow_nonfinite: bool = False,
     ignore: Collection[str] = (),
     subfolder: str | None = None,
+    rename: Mapping[str, str] | None = None,
     base: BaseModel | str | None = None,
 ) -> LoadedLora:
     """Load an adapter file, as `lorastack.formats.load` does, or a recipe (``NAME.toml``) as the one adapter it makes.
@@ -196,7 +224,7 @@ def load(
     ----------
     base
         For a recipe: the base that its adapters' names are converted with, where it needs one and names none.
-    name, allow_nonfinite, ignore, subfolder
+    name, allow_nonfinite, ignore, subfolder, rename
         As of `lorastack.formats.load`.
 
     Raises
@@ -210,10 +238,13 @@ def load(
     if not given.endswith(".toml"):
         if base is not None:
             raise ArgumentError(f"{given}: base is for recipes; to convert names, use convert_names(lora, base)")
-        return formats.load(path, name=name, allow_nonfinite=allow_nonfinite, ignore=ignore, subfolder=subfolder)
+        options: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "ignore": ignore, "subfolder": subfolder}
+        return formats.load(path, name=name, rename=rename, **options)
     recipe = Recipe.read(Path(given))
-    stack = recipe.stack(base=base or recipe.base, allow_nonfinite=allow_nonfinite, ignore=ignore)
-    return stack.bake(name=name or Path(given).stem)
+    said = base or recipe.base
+    model = open_base(said) if isinstance(said, str) else said
+    stack = recipe.stack(base=model, allow_nonfinite=allow_nonfinite, ignore=ignore, rename=rename)
+    return stack.bake(model, name or Path(given).stem)
 
 
 def load_stack(words: Iterable[str], **options: Any) -> LoraStack:

@@ -50,6 +50,12 @@ def qwen3_moe() -> nn.Module:
     )
 
 
+def qwen2_moe() -> nn.Module:
+    return tf.Qwen2MoeForCausalLM(
+        tf.Qwen2MoeConfig(**GROUPED, **_MOE, shared_expert_intermediate_size=24, decoder_sparse_step=1)
+    )
+
+
 def olmoe() -> nn.Module:
     return tf.OlmoeForCausalLM(tf.OlmoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2))
 
@@ -99,7 +105,23 @@ def mamba() -> nn.Module:
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     make.__name__: make
-    for make in (llava, paligemma, qwen2_vl, qwen3_moe, olmoe, phimoe, qwen2, opt, gpt2, t5, bert, vit, whisper, mamba)
+    for make in (
+        llava,
+        paligemma,
+        qwen2_vl,
+        qwen3_moe,
+        qwen2_moe,
+        olmoe,
+        phimoe,
+        qwen2,
+        opt,
+        gpt2,
+        t5,
+        bert,
+        vit,
+        whisper,
+        mamba,
+    )
 }
 
 
@@ -125,7 +147,10 @@ def adapter_for(weights: dict[str, tuple[int, int]], rank: int = 3, seed: int = 
     """An adapter of random factors: weight name -> (out, in)."""
     rng = np.random.default_rng(seed)
     factors = {
-        name: (rng.standard_normal((rank, n_in), np.float32), 0.3 * rng.standard_normal((n_out, rank)).astype(np.float32))
+        name: (
+            rng.standard_normal((rank, n_in), np.float32),
+            0.3 * rng.standard_normal((n_out, rank)).astype(np.float32),
+        )
         for name, (n_out, n_in) in weights.items()
     }
     return LoadedLora.from_tensors(factors, alpha=2 * rank, name="made", naming="hf")

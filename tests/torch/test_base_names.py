@@ -59,7 +59,7 @@ def test_names_are_known_without_transformers_for_the_most_common_families(tmp_p
         assert [name for name in names if base.own_name(name) is None] == [], family
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "phimoe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "olmoe", "phimoe"])
 def test_experts_are_read_from_the_files_as_the_live_parameter(family: str, tmp_path: Path) -> None:
     model = made(family)
     base = open_base(folder_of(model, tmp_path))
@@ -113,7 +113,7 @@ def experts_one_by_one(model: nn.Module, old_block: str, layers: dict[str, str])
     return LoadedLora.from_tensors(factors, alpha=6, name="experts", naming="hf"), truth
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "phimoe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "olmoe", "phimoe"])
 def test_experts_one_by_one_are_the_dense_sum_in_one_parameter(family: str, tmp_path: Path) -> None:
     model = made(family)
     folder = folder_of(model, tmp_path / "base")
@@ -248,7 +248,7 @@ def test_a_tied_head_has_a_name_of_its_own(family: str, tmp_path: Path) -> None:
         with pytest.raises(LoraStackError, match=r"its GGUF has no output\.weight"):
             convert_names(lora, folder, "gguf")
         embedding = replace(lora, adapters={"model.embed_tokens.weight": _embedding()})
-        with pytest.raises(LoraStackError, match="llama.cpp aborts on an update of it"):
+        with pytest.raises(LoraStackError, match="aborts on an update of it"):
             convert_names(embedding, folder, "gguf")
 
 
@@ -271,11 +271,11 @@ def test_extras_that_do_not_fit_are_said_by_both(family: str, tmp_path: Path) ->
 
     own = next(p for n, p in model.named_parameters() if n == embedding).detach().numpy()
     cases = {
-        "a head of another vocabulary": ({"modules_to_save": {"lm_head.weight": factor(70, 32)}}, r"\[70, 32\].*\[64, 32\]"),
+        "a larger head": ({"modules_to_save": {"lm_head.weight": factor(70, 32)}}, r"\[70, 32\].*\[64, 32\]"),
         "its own head": ({"modules_to_save": {"lm_head.weight": factor(64, 32)}}, None),
         "a module that is nowhere": ({"modules_to_save": {"score.weight": factor(2, 32)}}, r"score\.weight is none"),
         "a bias of another width": ({"bias": {first.replace("weight", "bias"): factor(7)}}, r"\[7\]"),
-        "tokens outside": ({"new_tokens": {embedding: ((70,), factor(1, 32))}}, "token 70 is outside the vocabulary of 64"),
+        "tokens outside": ({"new_tokens": {embedding: ((70,), factor(1, 32))}}, "70 is outside the vocabulary of 64"),
         "tokens inside": ({"new_tokens": {embedding: ((3,), factor(1, 32))}}, None),
         "a DoRA magnitude": ({"dora": {first: factor(weights[first][0])}}, None),
         "the base's own embedding": ({"base_weight": {embedding: Factor.of(own, "own")}}, None),
@@ -307,11 +307,9 @@ def test_the_text_part_of_a_model_with_pictures_goes_to_gguf_and_back(family: st
         convert_names(pictures, base)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
 def test_experts_go_to_gguf_and_back(family: str, tmp_path: Path) -> None:
     model = made(family)
-    if family == "olmoe":
-        pytest.skip("its row order between Hugging Face and GGUF is not listed")
     base = open_base(folder_of(model, tmp_path))
     lora, truth = experts_one_by_one(model, "mlp.experts", {part: names[0] for part, names in LAYERS.items()})
     there = convert_names(lora, base)

@@ -194,10 +194,27 @@ def test_attaching_twice_is_an_error_that_says_so(setup) -> None:
     attach(model, b).detach()
 
 
-def test_an_empty_stack_and_a_detached_handle_are_errors(setup) -> None:
+def test_an_empty_stack_is_attached_and_pushed_to(setup) -> None:
+    model, (a, b, _) = setup
+    base, expected = output(model, "llama"), output(merged(model, [(a, 0.7), (b, 0.3)]), "llama")
+    with attach(model, LoraStack()) as handle:
+        assert (handle.names, handle.scales, handle.stack.is_empty(), handle.report.nbytes) == ((), {}, True, 0)
+        assert handle.pop() is None
+        assert torch.equal(output(model, "llama"), base)
+        with handle.rows([{}, {}]):
+            assert torch.equal(output(model, "llama"), base)
+        for _ in range(2):  # popped down to nothing, it takes them again
+            assert (handle.push(a, 0.7), handle.push(b, 0.3)) == ("a0", "a1")
+            assert far(output(model, "llama"), expected) < 1e-5
+            assert (handle.pop(), handle.pop(), handle.pop()) == ((b, 0.3), (a, 0.7), None)
+            assert torch.equal(output(model, "llama"), base)
+    assert torch.equal(output(model, "llama"), base)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    attach(model, a).detach()
+
+
+def test_a_detached_handle_is_an_error(setup) -> None:
     model, (a, *_) = setup
-    with pytest.raises(ArgumentError, match="the stack is empty"):
-        attach(model, LoraStack())
     handle = attach(model, a)
     handle.detach()
     handle.detach()

@@ -23,6 +23,7 @@ from lorastack.core.extras import HARMLESS, KINDS
 from lorastack.core.packed import Term
 from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError, Failures, NamingError, NonFiniteError, Problems, UnsupportedError
+from lorastack.ways import argument, drop_extras, ways
 
 if TYPE_CHECKING:
     from lorastack.core.stack import LoraStack
@@ -42,19 +43,20 @@ def bake(
     tolerance: float | None = None,
     density: float | None = None,
     seed: int = 0,
+    allow_mixed_bases: bool = False,
     progress: Progress | None = None,
 ) -> LoadedLora:
     """See `LoraStack.bake`."""
     cut = Cut.of(rank, energy, tolerance)
     how = Method.of("svd" if method == "cat" and cut else method, density, seed)
     if how.name == "svd" and cut is None:
-        raise ArgumentError("method svd needs a rank, an energy or a tolerance; linear keeps what float32 can tell")
+        raise ArgumentError(
+            f"method svd needs {argument('rank')}, {argument('energy')} or {argument('tolerance')}; "
+            "linear keeps what float32 can tell"
+        )
     base = base if isinstance(base, BaseModel) or base is None else open_base(base)
-    entries = entries_of(stack, base, "bake")
+    entries = entries_of(stack, base, "bake", allow_mixed_bases)
     _refuse_extras(entries)
-    architectures = {arch for entry in entries if (arch := entry.lora.metadata.get("general.architecture"))}
-    if len(architectures) > 1:
-        raise NamingError(f"the adapters are for different architectures: {', '.join(sorted(architectures))}")
     weights = _terms(entries)
     if how.name == "cat":
         deltas, said = _side_by_side(weights, entries), dict[str, Any]()
@@ -110,8 +112,7 @@ def _combined(
     """Every weight by the method, and what the recipe says of it."""
     plain = {weight: [term for _, term in numbered] for weight, numbered in weights.items()}
     most = max(available(terms, method.space == "dense") for terms in plain.values())
-    if cut and cut.ranks and cut.ranks[-1] > most:
-        raise ArgumentError(f"rank {cut.ranks[-1]} is more than any weight here can have, which is {most}")
+    cut = cut and cut.at_most(most)
     trims = method.rule in ("ties", "magnitude_prune")
     step = _steps(progress, len(weights) * (3 if trims else 1))
     failures = Failures("the stack cannot be baked")
@@ -163,12 +164,12 @@ def _steps(progress: Progress | None, total: int) -> Iterator[None]:
 
 
 def _refuse_extras(entries: list[Entry]) -> None:
-    problems = Problems("bake() holds low-rank updates only")
+    problems = Problems("a bake holds low-rank updates only")
     for name, lora, _ in entries:
         for kind, values in lora.extras.items():
             if kind not in HARMLESS:
                 count = f"{len(values)} of them, such as {next(iter(values))}"
-                problems.add(f"{name}: {kind}, {KINDS[kind]} ({count}); leave it out with without_extras({kind!r})")
+                problems.add(f"{name}: {kind}, {KINDS[kind]} ({count}){ways(drop_extras(kind))}")
     problems.raise_any(UnsupportedError)
 
 

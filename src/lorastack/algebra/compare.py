@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorastack.algebra.entries import Entry, entries_of, weights_of
+from lorastack.algebra.entries import Entry, check_fit, entries_of, weights_of
 from lorastack.algebra.intruders import IntruderSearch
 from lorastack.algebra.lowrank import Matrix, flat_shape, matrices
 from lorastack.algebra.measure import AdapterMeasure, WeightMeasure, measure_adapter, measure_weight
@@ -19,12 +19,11 @@ from lorastack.algebra.pairs import FEW, NUMBERS, Pairs, Sums, pairs_of, plain, 
 from lorastack.algebra.signs import sign_counts
 from lorastack.algebra.span import Span, principal_angles, span
 from lorastack.base import BaseModel, convert_names, open_base
-from lorastack.base.fit import misfits
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
 from lorastack.core.extras import HARMLESS, KINDS
 from lorastack.core.stack import LoraStack
-from lorastack.errors import ArgumentError, Failures, LoraStackError, NamingError, NonFiniteError, Problems
+from lorastack.errors import ArgumentError, Failures, NonFiniteError
 
 __all__ = ["Comparison", "IntruderSearch", "NearDuplicate", "Pairs", "compare", "principal_angles", "verdict"]
 
@@ -124,6 +123,7 @@ def compare(
     *,
     intruders: IntruderSearch | None = INTRUDERS,
     sign_samples: int | None = SIGN_SAMPLES,
+    allow_mixed_bases: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Comparison:
     """Measure every adapter of a stack, at its scale, and every pair of them.
@@ -169,7 +169,7 @@ def compare(
     ('7.071', '-0.64', 'cancel')
     """
     base = base if isinstance(base, BaseModel) or base is None else open_base(base)
-    entries = _renamed(entries_of(stack, base, "compare"), names)
+    entries = _renamed(entries_of(stack, base, "compare", allow_mixed_bases), names)
     entries = entries if base is None else _in_base(entries, base)
     weights = weights_of(entries, "compared")
     if not weights:
@@ -235,18 +235,13 @@ def compare(
 
 def _in_base(entries: list[Entry], base: BaseModel) -> list[Entry]:
     """The entries in the base's names; NamingError lists everything that has no place there."""
-    problems = Problems(f"base {base.name} does not fit")
-    for n, one in enumerate(entries):
-        if one.lora.naming not in (base.naming, "own"):
-            try:
-                entries[n] = one = one._replace(lora=convert_names(one.lora, base, base.naming))
-            except LoraStackError as error:
-                problems.add(error)
-                continue
-        for line in misfits(one.lora, base):
-            problems.add(f"{one.name}: {line}")
-    problems.raise_any(NamingError)
-    return entries
+    check_fit(entries, base)
+    return [
+        one
+        if one.lora.naming in (base.naming, "own")
+        else one._replace(lora=convert_names(one.lora, base, base.naming))
+        for one in entries
+    ]
 
 
 def _renamed(entries: list[Entry], names: Sequence[str] | None) -> list[Entry]:

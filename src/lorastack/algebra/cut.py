@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from lorastack.algebra.lowrank import Svd
 from lorastack.errors import ArgumentError, Problems
+from lorastack.ways import argument
 
 #: What a list of ranks is chosen by where nothing else is said.
 ENERGY = 0.99
@@ -43,16 +44,18 @@ class Cut:
         several = isinstance(rank, Sequence) and not isinstance(rank, str)
         ranks: list[Any] = list(rank) if several else [] if rank is None else [rank]  # type: ignore[arg-type]
         if several and not ranks:
-            problems.add("rank is an empty list; give the ranks to choose from")
+            problems.add(f"{argument('rank')} is an empty list; give the ranks to choose from")
         for one in ranks:
             if isinstance(one, bool) or not isinstance(one, Integral) or one < 1:
-                problems.add(f"rank is {one!r}, expected a whole number from 1 on")
+                problems.add(f"{argument('rank')} is {one!r}, expected a whole number from 1 on")
         if energy is not None and not (_is_number(energy) and 0 < energy <= 1):
-            problems.add(f"energy is {energy!r}, expected a number above 0 and up to 1, such as 0.99")
+            problems.add(f"{argument('energy')} is {energy!r}, expected a number above 0 and up to 1, such as 0.99")
         if tolerance is not None and not (_is_number(tolerance) and 0 <= tolerance < 1):
-            problems.add(f"tolerance is {tolerance!r}, expected a number from 0 to below 1, such as 0.001")
+            problems.add(
+                f"{argument('tolerance')} is {tolerance!r}, expected a number from 0 to below 1, such as 0.001"
+            )
         if energy is not None and tolerance is not None:
-            problems.add("energy and tolerance say the same in two ways; give one of them")
+            problems.add(f"{argument('energy')} and {argument('tolerance')} say the same in two ways; give one of them")
         problems.raise_any(ArgumentError)
         if not ranks and energy is None and tolerance is None:
             return None
@@ -61,6 +64,10 @@ class Cut:
         return cls(
             tuple(sorted({int(one) for one in ranks})), math.sqrt(1 - energy) if energy is not None else tolerance
         )
+
+    def at_most(self, rank: int) -> Cut:
+        """With no rank above ``rank``: where there is no more to keep, all of it is what was asked for."""
+        return replace(self, ranks=tuple(sorted({min(one, rank) for one in self.ranks})))
 
     def rank(self, errors: np.ndarray) -> int:
         """The rank to keep, where ``errors[r]`` is the relative error at rank r, from 0 to all there is."""

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lorastack.base import BaseModel
+from lorastack.base.fit import misfits
 from lorastack.base.names import lora_of_adapter
+from lorastack.base.settle import settle
+from lorastack.base.together import check_together
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
 from lorastack.core.packed import PackedWeight
 from lorastack.core.stack import LoraStack
-from lorastack.errors import ArgumentError, Problems, ShapeError
+from lorastack.errors import ArgumentError, NamingError, Problems, ShapeError
 
 
 class Entry(NamedTuple):
@@ -22,13 +25,15 @@ class Entry(NamedTuple):
     scale: float
 
 
-def entries_of(stack: LoraStack, base: BaseModel | None, verb: str) -> list[Entry]:
+def entries_of(stack: LoraStack, base: BaseModel | None, verb: str, allow_mixed_bases: bool = False) -> list[Entry]:
     """Both lists; the second, known by (target module, layer) only, in the weight names of ``base``.
 
     Raises
     ------
     ArgumentError
         When there is nothing to ``verb``, or the second list has no base.
+    NamingError
+        When the adapters are hardly for one base: where one is given, each has to fit that instead.
     """
     if stack.is_empty():
         raise ArgumentError(f"the stack is empty, so there is nothing to {verb}; push an adapter first")
@@ -38,11 +43,23 @@ def entries_of(stack: LoraStack, base: BaseModel | None, verb: str) -> list[Entr
             f"{len(stack.adapters)} adapters are known by (target module, layer) only; give {verb}() the base, "
             "whose weight names they get"
         )
+    if base is None and not allow_mixed_bases:
+        check_together([(one.name, one.lora) for one in entries])
     for n, adapter in enumerate(stack.adapters, len(stack)):
         assert base is not None
         name = f"adapter{n}"
         entries.append(Entry(name, lora_of_adapter(adapter, base, stack.naming, name), 1.0))
-    return entries
+    # Under one name for each weight, whatever save an adapter is from.
+    return entries if base is None else [one._replace(lora=settle(one.lora, base)) for one in entries]
+
+
+def check_fit(entries: Sequence[Entry], base: BaseModel) -> None:
+    """NamingError that lists everything that has no place in the base."""
+    problems = Problems(f"base {base.name} does not fit")
+    for one in entries:
+        for line in misfits(one.lora, base):
+            problems.add(f"{one.name}: {line}")
+    problems.raise_any(NamingError)
 
 
 def weights_of(entries: Sequence[Entry], done: str) -> Mapping[str, Mapping[int, LoraDelta]]:

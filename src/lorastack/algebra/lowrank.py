@@ -152,6 +152,7 @@ def svd(matrix: Matrix) -> Svd:
     """The singular value decomposition of ``b @ a``; ``vectors(k)`` gives ``u [out, k]`` and ``vt [k, in]``."""
     if matrix.rank and matrix.rank >= DENSE_FROM * min(matrix.shape):
         u, sigma, vt = np.linalg.svd(matrix.b @ matrix.a, full_matrices=False)
+        sigma = sigma[: matrix.rank]  # a product has no more; what lies beyond is rounding
         return Svd(sigma, lambda k: (u[:, :k], vt[:k]))
     if matrix.rank == 0:
         return Svd(np.zeros(0), lambda k: (matrix.b, matrix.a))

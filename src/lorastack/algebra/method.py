@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lorastack.algebra.spaces import SPACES
 from lorastack.errors import ArgumentError
+from lorastack.ways import argument
 
 #: Rules that work entry by entry, with the part of entries each keeps where nothing is said.
 _RULES = {"magnitude_prune": 0.2, "ties": 0.2, "dare": 0.5, "dare_ties": 0.5}
@@ -30,17 +31,19 @@ class Method:
         if name not in METHODS:
             near = [method for method in METHODS if method.startswith(f"{name}@")]
             raise ArgumentError(
-                f"method {name!r} works on entries, so it needs a space: {', '.join(near)}"
+                f"{argument('method')} {name!r} works on entries, so it needs a space: {', '.join(near)}"
                 if near
                 else f"there is no method {name!r}; there are {', '.join(METHODS)}"
             )
         if METHODS[name] is None and density is not None:
-            raise ArgumentError(f"density has no meaning for {name}, which keeps every entry")
+            raise ArgumentError(f"{argument('density')} has no meaning for {name}, which keeps every entry")
         chosen = METHODS[name] if density is None else density
         if chosen is not None and not 0 < chosen <= 1:
-            raise ArgumentError(f"density is {density!r}, expected a number above 0 and up to 1, such as 0.2")
+            raise ArgumentError(
+                f"{argument('density')} is {density!r}, expected a number above 0 and up to 1, such as 0.2"
+            )
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ArgumentError(f"seed is {seed!r}, expected a whole number from 0 on")
+            raise ArgumentError(f"{argument('seed')} is {seed!r}, expected a whole number from 0 on")
         return cls(name, chosen, seed)
 
     @property

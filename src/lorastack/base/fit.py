@@ -16,6 +16,7 @@ from lorastack.core.adapter import LoadedLora
 from lorastack.core.extras import KINDS, NEVER_LIVE
 from lorastack.core.factor import Factor
 from lorastack.errors import LoraStackError
+from lorastack.ways import drop_extras, ways
 
 #: An embedding saved along is the base's own where it is as near as rounding to 16 bits leaves it.
 SAME_RTOL, SAME_ATOL = 1e-2, 1e-3
@@ -83,7 +84,7 @@ def changed_base(name: str, saved: tuple[int, ...], own: tuple[int, ...]) -> str
     """The word for an embedding saved along that is not the base's own."""
     return (
         f"saved base weight {name} {list(saved)} differs from the model's {list(own)}: the adapter was trained on a "
-        "changed base; load it into the model first, or leave it out with without_extras('base_weight')"
+        "changed base" + ways("load that into the model first", drop_extras("base_weight"))
     )
 
 

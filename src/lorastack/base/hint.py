@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lorastack.base.model import BaseModel
 from lorastack.core.adapter import LoadedLora
+from lorastack.ways import rename, ways
 
 
 def elsewhere(strangers: Sequence[str], lora: LoadedLora, base: BaseModel) -> str:
@@ -16,7 +17,7 @@ def elsewhere(strangers: Sequence[str], lora: LoadedLora, base: BaseModel) -> st
     >>> import numpy as np
     >>> lora = LoadedLora.from_tensors({"model.layers.0.q.weight": (np.ones((1, 3)), np.ones((2, 1)))})
     >>> base = BaseModel("vlm", "hf", None, {}, {"model.language_model.layers.0.q.weight": (2, 3)})
-    >>> elsewhere(list(lora.adapters), lora, base).partition(":")[0]
+    >>> elsewhere(list(lora.adapters), lora, base).partition(";")[0]
     '1 of 1 would fit under model.language_model'
     """
     if not strangers or base.naming != "hf":
@@ -34,10 +35,7 @@ def elsewhere(strangers: Sequence[str], lora: LoadedLora, base: BaseModel) -> st
         return ""
     # Of several the one that serves most; then the plainest.
     (old, new), fits = min(counts.items(), key=lambda item: (-item[1], item[0][0].count("."), item[0]))
-    return (
-        f"{fits} of {len(strangers)} would fit under {new or 'the top'}: load it with rename={{{old!r}: {new!r}}} "
-        f"(--rename {old}={new})"
-    )
+    return f"{fits} of {len(strangers)} would fit under {new or 'the top'}{ways(rename(old, new))}"
 
 
 def _ending(name: str) -> str:

@@ -26,6 +26,7 @@ from lorastack.core.delta import LoraDelta
 from lorastack.core.factor import Factor
 from lorastack.core.target import Naming, TargetModule, place_of
 from lorastack.errors import NamingError, Problems, UnsupportedError
+from lorastack.ways import SELECT, drop_extras, ways
 
 
 def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = None) -> LoadedLora:
@@ -163,7 +164,7 @@ def to_gguf_names(lora: LoadedLora, base: BaseModel) -> dict[str, str]:
         if found is None and base.text_prefix and not name.startswith(base.text_prefix):
             problems.add(
                 f"weight {name} is not of the text part; llama.cpp keeps pictures and sound in a file of its own "
-                "(mmproj), which takes no adapter: leave it out with select()"
+                f"(mmproj), which takes no adapter{ways(SELECT)}"
             )
         elif found is None:
             problems.add(f"weight {name} has no GGUF name in architecture {base.architecture.gguf}")
@@ -198,12 +199,10 @@ def tied_in_gguf(name: str, base: BaseModel) -> str | None:
     if name == "token_embd.weight" and (bool(base.tied) if base.naming == "hf" else "output.weight" not in base.shapes):
         return (
             "the base ties its head to the embedding, which is one tensor in GGUF: llama.cpp aborts on an update of it "
-            "and would change the head along; leave it out with select(), or untie the base"
+            "and would change the head along" + ways(SELECT, "untie the base")
         )
     if name == "output.weight" and base.tied:
-        return (
-            "the base ties its head to the embedding, so that its GGUF has no output.weight; leave it out with select()"
-        )
+        return f"the base ties its head to the embedding, so that its GGUF has no output.weight{ways(SELECT)}"
     return None
 
 
@@ -274,9 +273,7 @@ def _convert_extras(lora: LoadedLora, names: Mapping[str, str], rows: Any) -> di
         elif kind != "base_weight":  # which changes nothing
             lost += [f"{kind}: {name}" for name in values]
     if lost:
-        raise UnsupportedError(
-            f"{lora.name} has extras whose names cannot be converted; leave them out with without_extras()", lost
-        )
+        raise UnsupportedError(f"{lora.name} has extras whose names cannot be converted{ways(drop_extras())}", lost)
     return converted
 
 

@@ -88,7 +88,7 @@ def _weight_files(folder: Path, given: str) -> list[Path]:
         return [path for name in names if (path := folder / Path(name).name).is_file()]
     files = [usual] if usual.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FormatError(f"base {given}: it has no .safetensors file; convert the model with save_pretrained()")
+        raise FormatError(f"base {given}: it has no .safetensors file; convert it to safetensors")
     return files
 
 

@@ -16,6 +16,7 @@ from lorastack.cli.report import report
 from lorastack.cli.resize import resize
 from lorastack.cli.run import run
 from lorastack.cli.tune import tune
+from lorastack.ways import command_line
 
 app = typer.Typer(
     name="lorastack",
@@ -35,11 +36,16 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Compose LoRA adapters of any format: stack them with scales and apply the sum."""
+    commands = context.command.commands  # type: ignore[attr-defined]
+    if command := commands.get(context.invoked_subcommand):
+        flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        context.with_resource(command_line(flags))  # errors speak of what this command has
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {

@@ -8,11 +8,23 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from lorastack.cli.options import Adapters, AllowNonfinite, Force, Ignore
+from lorastack.algebra.entries import check_fit, entries_of
+from lorastack.base import open_base
+from lorastack.cli.options import (
+    Adapters,
+    AllowMixedBases,
+    AllowNonfinite,
+    Base,
+    DropExtras,
+    Force,
+    Ignore,
+    Rename,
+    parse_renames,
+)
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, UnknownNameError
 from lorastack.files import check_output, whole_output
-from lorastack.recipe import load_stack
+from lorastack.recipe import Recipe
 
 
 def apply(
@@ -20,9 +32,13 @@ def apply(
     tensor: Annotated[str, typer.Option("--tensor", "-t", metavar="NAME", help="The weight, by its own name.")],
     source: Annotated[Path, typer.Option("--input", "-i", metavar="X.npy", help="The input, [..., in].")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="Y.npy", help="Where the sum goes, [..., out].")],
+    base: Base = None,
+    drop_extras: DropExtras = False,
     force: Force = False,
+    allow_mixed_bases: AllowMixedBases = False,
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
+    rename: Rename = None,
 ) -> None:
     """Apply the stack's sum at one weight to an array: `sum of scale * scaling * B @ A @ x`.
 
@@ -33,7 +49,18 @@ def apply(
     `lorastack apply ./zara ./robot:0.5 -t model.layers.0.self_attn.q_proj.weight -i x.npy -o y.npy`
     """
     check_output(output, force)
-    stack = load_stack(adapters, allow_nonfinite=allow_nonfinite, ignore=ignore or ())
+    recipe = Recipe.of_words(adapters, base)
+    model = open_base(recipe.base) if recipe.base else None
+    stack = recipe.stack(
+        base=model,
+        allow_nonfinite=allow_nonfinite,
+        ignore=ignore or (),
+        rename=parse_renames(rename),
+        drop_extras=drop_extras,
+    )
+    entries = entries_of(stack, model, "apply", allow_mixed_bases)
+    if model is not None:
+        check_fit(entries, model)
     x = _read_array(source)
     y = stack.apply(tensor, x, _out_features(stack, tensor))
     with whole_output(output, force) as path, path.open("wb") as file:

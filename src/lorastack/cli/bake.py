@@ -11,7 +11,18 @@ import typer
 from lorastack.algebra.bake import with_coefficient
 from lorastack.base import open_base
 from lorastack.cli.cutting import Energy, Rank, Tolerance, loss_of, parse_ranks, parse_sweep
-from lorastack.cli.options import Adapters, AllowNonfinite, Base, DropExtras, Force, Ignore, StoredType
+from lorastack.cli.options import (
+    Adapters,
+    AllowMixedBases,
+    AllowNonfinite,
+    Base,
+    DropExtras,
+    Force,
+    Ignore,
+    Rename,
+    StoredType,
+    parse_renames,
+)
 from lorastack.cli.progress import byte_bar, step_bar
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.target import Naming
@@ -50,8 +61,10 @@ def bake(
     ] = None,
     drop_extras: DropExtras = False,
     force: Force = False,
+    allow_mixed_bases: AllowMixedBases = False,
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
+    rename: Rename = None,
 ) -> None:
     """Bake a weighted stack into one adapter, exactly: llama.cpp, PEFT and vLLM use it like any other.
 
@@ -78,12 +91,16 @@ def bake(
     for path, _ in outputs:
         check_output(path, force)
     as_gguf = output.suffix == ".gguf"
-    recipe = Recipe.of_words(adapters)
-    source = base or recipe.base
-    model = open_base(source) if source else None
+    recipe = Recipe.of_words(adapters, base)
+    model = open_base(recipe.base) if recipe.base else None
     naming: Naming | None = ("gguf" if as_gguf else "hf") if model else None
     stack = recipe.stack(
-        base=model, naming=naming, allow_nonfinite=allow_nonfinite, ignore=ignore or (), drop_extras=drop_extras
+        base=model,
+        naming=naming,
+        allow_nonfinite=allow_nonfinite,
+        ignore=ignore or (),
+        rename=parse_renames(rename),
+        drop_extras=drop_extras,
     )
     if as_gguf and stack.naming == "hf":
         raise ArgumentError(f"{output}: these adapters have Hugging Face names; give --base to convert them to GGUF's")
@@ -101,6 +118,7 @@ def bake(
             tolerance=tolerance,
             density=density,
             seed=seed,
+            allow_mixed_bases=allow_mixed_bases,
             progress=step,
         )
     for path, coefficient in outputs:

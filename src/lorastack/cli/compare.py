@@ -16,7 +16,7 @@ from rich.table import Table
 from lorastack.algebra.compare import INTRUDERS, SIGN_SAMPLES, Comparison, IntruderSearch, compare, verdict
 from lorastack.algebra.measure import WeightMeasure
 from lorastack.base import open_base
-from lorastack.cli.options import Base, Ignore
+from lorastack.cli.options import AllowMixedBases, Base, Ignore, Rename, parse_renames
 from lorastack.cli.progress import step_bar
 from lorastack.formats.gguf import open_reader
 from lorastack.formats.peft_config import CONFIG_NAME
@@ -55,7 +55,9 @@ def compare_command(
     all_signs: Annotated[
         bool, typer.Option("--all-signs", help="Compare signs at every entry, also where a sample would do.")
     ] = False,
+    allow_mixed_bases: AllowMixedBases = False,
     ignore: Ignore = None,
+    rename: Rename = None,
 ) -> None:
     """Say what adapters do and whether they cancel or pile up: norms, ranks, angles, overlaps, signs, near-duplicates.
 
@@ -71,10 +73,11 @@ def compare_command(
 
     `lorastack compare zara.gguf ./robot --base ./my-model --weights`
     """
-    recipe = Recipe.of_words(list(_several(adapters)))
-    source = base or recipe.base
-    model = open_base(source) if source else None
-    stack = recipe.stack(base=model, naming=model.naming if model else None, ignore=ignore or ())
+    recipe = Recipe.of_words(_several(adapters), base)
+    model = open_base(recipe.base) if recipe.base else None
+    stack = recipe.stack(
+        base=model, naming=model.naming if model else None, ignore=ignore or (), rename=parse_renames(rename)
+    )
     search = IntruderSearch(INTRUDERS.leading, INTRUDERS.epsilon, cache) if intruders else None
     done = 0
     with step_bar("comparing") as bar:
@@ -85,7 +88,14 @@ def compare_command(
             bar(done, len(stack.weights))
 
         samples = None if all_signs else SIGN_SAMPLES
-        found = compare(stack, model, intruders=search, sign_samples=samples, progress=step)
+        found = compare(
+            stack,
+            model,
+            intruders=search,
+            sign_samples=samples,
+            allow_mixed_bases=allow_mixed_bases,
+            progress=step,
+        )
     if as_json:
         typer.echo(orjson.dumps(found.to_dict(by_weight), option=orjson.OPT_INDENT_2).decode())
         return

@@ -13,7 +13,8 @@ Rank = Annotated[
     str | None,
     typer.Option(
         metavar="R[,R...]",
-        help="The rank of every weight; of several, as in `8,16,32`, the smallest that keeps --energy or --tolerance.",
+        help="The rank of every weight, at most; of several, as in `8,16,32`, the smallest that keeps --energy or "
+        "--tolerance.",
     ),
 ]
 Energy = Annotated[

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lorastack.base import open_base
-from lorastack.cli.options import Base, Ignore
+from lorastack.cli.options import Base, Ignore, Rename, parse_renames
 from lorastack.errors import LoraStackError
 from lorastack.formats import load
 from lorastack.inspect import Inspection, inspect
@@ -24,6 +24,7 @@ def inspect_command(
     base: Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object for each adapter in a list.")] = False,
     ignore: Ignore = None,
+    rename: Rename = None,
 ) -> None:
     """Say what adapters are: weights, ranks, alpha, scaling, types, size, and what is odd about them.
 
@@ -40,7 +41,9 @@ def inspect_command(
     failed: list[str] = []
     for path in adapters:
         try:
-            found.append(inspect(load(path, allow_nonfinite=True, ignore=ignore or ()), model))
+            found.append(
+                inspect(load(path, allow_nonfinite=True, ignore=ignore or (), rename=parse_renames(rename)), model)
+            )
         except LoraStackError as error:
             failed.append(str(error))
     if as_json:

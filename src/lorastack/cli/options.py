@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from lorastack.errors import ArgumentError
+
 Adapters = Annotated[
     list[str],
     typer.Argument(
@@ -20,9 +22,20 @@ Ignore = Annotated[
     list[str] | None,
     typer.Option(metavar="FIELD", help="A field of adapter_config.json to leave out of account; may be repeated."),
 ]
+Rename = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="OLD=NEW",
+        help="Another front for weights' names, as in model=model.language_model; may be repeated.",
+    ),
+]
 Base = Annotated[
     str | None,
     typer.Option("--base", "-b", metavar="BASE", help="The base model: a Hugging Face folder, hub id or GGUF file."),
+]
+AllowMixedBases = Annotated[
+    bool,
+    typer.Option("--allow-mixed-bases", help="Take adapters together that name different bases or share no weight."),
 ]
 StoredType = Annotated[
     str | None,
@@ -36,3 +49,15 @@ DropExtras = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")]
+
+
+def parse_renames(words: list[str] | None) -> dict[str, str]:
+    """``OLD=NEW`` words as a mapping.
+
+    >>> parse_renames(["model=model.language_model", "vision="])
+    {'model': 'model.language_model', 'vision': ''}
+    """
+    wrong = [word for word in words or [] if "=" not in word]
+    if wrong:
+        raise ArgumentError(f"--rename {wrong[0]!r}: write OLD=NEW, as in model=model.language_model")
+    return {word.partition("=")[0]: word.partition("=")[2] for word in words or []}

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorastack.base import open_base
-from lorastack.cli.options import Adapters, Base, Force, Ignore
+from lorastack.cli.options import Adapters, AllowMixedBases, Base, Force, Ignore, Rename, parse_renames
 from lorastack.cli.progress import step_bar
 from lorastack.errors import ArgumentError, require
 from lorastack.files import check_output
@@ -26,7 +26,9 @@ def report(
         ),
     ] = False,
     force: Force = False,
+    allow_mixed_bases: AllowMixedBases = False,
     ignore: Ignore = None,
+    rename: Rename = None,
 ) -> None:
     """Write one page about adapters and their sum: norms, spectra, similarity, conflicts, what a bake would lose.
 
@@ -44,17 +46,16 @@ def report(
     if output.suffix not in (".html", ".htm"):
         raise ArgumentError(f"{output}: give it a name that ends with .html")
     check_output(output, force)
-    recipe = Recipe.of_words(adapters)
-    source = base or recipe.base
-    if intruders and not source:
+    recipe = Recipe.of_words(adapters, base)
+    if intruders and not recipe.base:
         raise ArgumentError("--intruders compares with the base; give it with --base")
     require("plotly", "report")
     from lorastack.report import report as write
 
-    model = open_base(source) if source else None
-    stack = recipe.stack(base=model, ignore=ignore or ())
+    model = open_base(recipe.base) if recipe.base else None
+    stack = recipe.stack(base=model, ignore=ignore or (), rename=parse_renames(rename))
     with step_bar("measuring") as step:
-        write(stack, output, model, force, intruders=intruders, progress=step)
+        write(stack, output, model, force, intruders=intruders, allow_mixed_bases=allow_mixed_bases, progress=step)
     typer.echo(
         f"{output}: {len(stack)} adapter{'s' if len(stack) != 1 else ''}, {output.stat().st_size / 2**20:.1f} MiB"
     )

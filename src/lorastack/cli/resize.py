@@ -9,7 +9,7 @@ import typer
 
 from lorastack.cli.bake import bake
 from lorastack.cli.cutting import Energy, Rank, Tolerance
-from lorastack.cli.options import AllowNonfinite, Base, DropExtras, Force, Ignore, StoredType
+from lorastack.cli.options import AllowMixedBases, AllowNonfinite, Base, DropExtras, Force, Ignore, Rename, StoredType
 from lorastack.errors import ArgumentError
 
 
@@ -28,8 +28,10 @@ def resize(
     dtype: StoredType = None,
     drop_extras: DropExtras = False,
     force: Force = False,
+    allow_mixed_bases: AllowMixedBases = False,
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
+    rename: Rename = None,
 ) -> None:
     """Write an adapter at a lower rank: each weight the best approximation there is, its error said.
 
@@ -51,6 +53,8 @@ def resize(
         tolerance=tolerance,
         drop_extras=drop_extras,
         force=force,
+        allow_mixed_bases=allow_mixed_bases,
         allow_nonfinite=allow_nonfinite,
         ignore=ignore,
+        rename=rename,
     )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 
-from lorastack.cli.options import AllowNonfinite, Ignore
+from lorastack.cli.options import AllowNonfinite, DropExtras, Ignore, Rename, parse_renames
 from lorastack.errors import ArgumentError, require
 from lorastack.mixture import parse_entry
 from lorastack.recipe import Recipe
@@ -48,8 +48,10 @@ def run(
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Leave out adapter weights that the base has no module for.")
     ] = False,
+    drop_extras: DropExtras = False,
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
+    rename: Rename = None,
 ) -> None:
     """Continue prompts with a base and a weighted stack of adapters; the text is printed as it comes.
 
@@ -74,8 +76,10 @@ def run(
     from lorastack.torch import attach_all
     from lorastack.torch.generate import encode, generate, load_base
 
-    recipe = Recipe.of_words(adapters or [])
-    entries = recipe.entries(allow_nonfinite=allow_nonfinite, ignore=ignore or ())
+    recipe = Recipe.of_words(adapters or [], base)
+    entries = recipe.entries(
+        allow_nonfinite=allow_nonfinite, ignore=ignore or (), rename=parse_renames(rename), drop_extras=drop_extras
+    )
     model, tokenizer = load_base(base, dtype, device)
     if seed is not None:
         torch.manual_seed(seed)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from lorastack.cli.options import AllowNonfinite, Force, Ignore
+from lorastack.cli.options import AllowNonfinite, DropExtras, Force, Ignore, Rename, parse_renames
 from lorastack.errors import ArgumentError, Problems, require
 from lorastack.files import check_output, whole_output
 from lorastack.recipe import Recipe
@@ -51,8 +51,10 @@ def tune(
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="auto, f32, f16 or bf16.")] = "auto",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, mps, ...")] = "auto",
     force: Force = False,
+    drop_extras: DropExtras = False,
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
+    rename: Rename = None,
 ) -> None:
     """Find the scales under which a base with adapters foretells texts best: the lowest perplexity.
 
@@ -75,8 +77,10 @@ def tune(
     from lorastack.torch import tune as search
     from lorastack.torch.generate import load_base
 
-    recipe = Recipe.of_words(adapters)
-    entries = recipe.entries(allow_nonfinite=allow_nonfinite, ignore=ignore or ())
+    recipe = Recipe.of_words(adapters, base)
+    entries = recipe.entries(
+        allow_nonfinite=allow_nonfinite, ignore=ignore or (), rename=parse_renames(rename), drop_extras=drop_extras
+    )
     model, tokenizer = load_base(base, dtype, device)
     with _trial_bar(trials) as progress:
         tuned = search(

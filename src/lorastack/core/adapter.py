@@ -341,6 +341,10 @@ class LoadedLora:
             history=(*self.history, ("rename", dict(rename))),
         )
 
+    def has_front(self, old: str) -> bool:
+        """Whether the name of a weight, or of an extra, begins with these whole parts."""
+        return any(_is_front(old, name) for values in (self.adapters, *self.extras.values()) for name in values)
+
     def renamed(self, name: str) -> LoadedLora:
         """The same adapter under another name."""
         return replace(self, name=name)

@@ -8,6 +8,7 @@ import numpy as np
 
 from lorastack.core.factor import Factor
 from lorastack.errors import ArgumentError, NonFiniteError, ShapeError, UnsupportedError
+from lorastack.ways import Way, ways
 
 Kind = Literal["linear", "embedding", "experts", "conv"]
 _NDIM: dict[str, tuple[int, ...]] = {"linear": (2,), "embedding": (2,), "experts": (3,), "conv": (3, 4, 5)}
@@ -210,8 +211,11 @@ def check_input(x: np.ndarray, delta: LoraDelta) -> None:
     ids = np.issubdtype(x.dtype, np.integer)
     if delta.kind == "conv":
         raise UnsupportedError(
-            "a convolution's update cannot be applied to a bare vector: stride and padding are the model's; "
-            "attach the stack with lorastack.torch, or use dense()"
+            "a convolution's update cannot be applied to a bare vector: stride and padding are the model's"
+            + ways(
+                Way("attach the stack with lorastack.torch", "give prompts to `lorastack run`"),
+                Way("use dense()", None),
+            )
         )
     if delta.kind == "embedding":
         if not ids:

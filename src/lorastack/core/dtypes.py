@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from lorastack.errors import ArgumentError, FormatError
+from lorastack.ways import argument
 
 #: A scaling beyond this would be infinite in the type that updates are computed in.
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -26,7 +27,7 @@ def numpy_type(name: str) -> np.dtype:
 def check_name(name: str | None, allowed: tuple[str, ...] = NAMES) -> None:
     """ArgumentError unless ``name`` is None or one of ``allowed``."""
     if name is not None and name not in allowed:
-        raise ArgumentError(f"dtype {name!r} cannot be written here; there are {', '.join(allowed)}")
+        raise ArgumentError(f"{argument('dtype')} {name!r} cannot be written here; there are {', '.join(allowed)}")
 
 
 def short_name(stored: str) -> str:

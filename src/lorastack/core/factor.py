@@ -9,6 +9,7 @@ import numpy as np
 
 from lorastack.core.dtypes import cast, nonfinite_count
 from lorastack.errors import Failures, NonFiniteError
+from lorastack.ways import NONFINITE, ways
 
 
 class Factor:
@@ -81,8 +82,8 @@ class Factor:
         bad = 0 if self.allow_nonfinite else nonfinite_count(array)
         if bad:
             raise NonFiniteError(
-                f"{self.label}: {bad} of {array.size} values are NaN or Inf; "
-                "train or save the adapter again, or load it with allow_nonfinite=True"
+                f"{self.label}: {bad} of {array.size} values are NaN or Inf"
+                + ways("train or save the adapter again", NONFINITE)
             )
         return array
 

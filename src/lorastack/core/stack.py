@@ -15,6 +15,7 @@ from lorastack.core.extras import KINDS, extras_at
 from lorastack.core.packed import PackedWeight, Term
 from lorastack.core.target import Naming, TargetModule
 from lorastack.errors import ArgumentError, NamingError, UnknownNameError, UnsupportedError
+from lorastack.ways import CONVERT, Way, drop_extras, ways
 
 if TYPE_CHECKING:
     from lorastack.base import BaseModel
@@ -76,8 +77,7 @@ class LoraStack:
             there = self._entries[0]
             raise NamingError(
                 f"{lora.name} has {_KIND_NAMES[lora.naming]}, {there.name} on this stack has "
-                f"{_KIND_NAMES[there.lora.naming]}; one stack holds one kind: convert one of them with "
-                "lorastack.convert_names(lora, base), or give --base to the command"
+                f"{_KIND_NAMES[there.lora.naming]}; one stack holds one kind{ways(CONVERT)}"
             )
         self._entries.append(Entry(self._free_name(lora.name), lora, _finite(scale)))
         self._packs = {}
@@ -243,6 +243,7 @@ class LoraStack:
         tolerance: float | None = None,
         density: float | None = None,
         seed: int = 0,
+        allow_mixed_bases: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> LoadedLora:
         """The whole stack as one adapter. Without further words: exactly, ranks side by side, nothing read yet.
@@ -255,7 +256,7 @@ class LoraStack:
         Parameters
         ----------
         base
-            The base model, needed when the second list is not empty: its weight names.
+            The base model: every adapter has to fit it. Needed when the second list is not empty, for its weight names.
         name
             The adapter's name; the names of the stack's adapters joined by ``+`` when not given.
         method
@@ -263,7 +264,7 @@ class LoraStack:
             ``ties``, ``dare``, ``dare_ties`` or ``magnitude_prune``, then ``@dense``, ``@knots`` or ``@core``.
             See docs/combine.md for each.
         rank
-            The rank of every weight (fewer where a weight has fewer); of several the smallest that keeps
+            The rank of every weight at most (where it has no more, nothing is lost); of several the smallest that keeps
             ``energy`` (0.99 unless given) or ``tolerance``, weight by weight.
         energy
             The part of the squared norm to keep in each weight, such as 0.99.
@@ -273,13 +274,17 @@ class LoraStack:
             The part of entries that rules keep: 0.2 for trimming, 0.5 (1 - drop rate) for DARE unless given.
         seed
             Of DARE's masks.
+        allow_mixed_bases
+            Without a base: bake also what names different bases or shares no weight.
         progress
             Called with the steps done and the steps there are.
 
         Raises
         ------
         ArgumentError
-            When the stack is empty, or an option has no meaning, such as a rank no weight can have.
+            When the stack is empty, or an option has no meaning, such as a rank of 0.
+        NamingError
+            Listing the adapters when they are hardly for one base.
         UnsupportedError
             Listing every extra that an ordinary adapter's low-rank updates cannot hold.
         ShapeError
@@ -308,6 +313,7 @@ class LoraStack:
             tolerance=tolerance,
             density=density,
             seed=seed,
+            allow_mixed_bases=allow_mixed_bases,
             progress=progress,
         )
 
@@ -321,8 +327,12 @@ class LoraStack:
         ]
         if unmet:
             raise UnsupportedError(
-                "apply() adds low-rank updates only; attach the stack to a model with lorastack.torch, "
-                "or take the adapter out",
+                "only low-rank updates can be applied to an array"
+                + ways(
+                    Way("attach the stack to a model with lorastack.torch", "give prompts to `lorastack run`"),
+                    drop_extras(),
+                    "take the adapter out",
+                ),
                 unmet,
             )
         names = [entry.name for entry, delta in found if delta is not None]

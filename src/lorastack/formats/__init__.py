@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +28,7 @@ def load(
     allow_nonfinite: bool = False,
     ignore: Collection[str] = (),
     subfolder: str | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> LoadedLora:
     """Load an adapter: a GGUF file, a PEFT folder, or a hub id. The content decides, not the ending.
 
@@ -46,6 +47,9 @@ def load(
         Fields of adapter_config.json to leave out of account.
     subfolder
         The folder inside the repository or folder that holds the adapter.
+    rename
+        Another front for weights' names, by whole parts: ``{"model": "model.language_model"}`` lets a text adapter fit
+        the text part of a model with pictures. See `LoadedLora.with_weights_renamed`.
 
     Raises
     ------
@@ -56,9 +60,9 @@ def load(
     where = resolve(given, subfolder)
     if name is None and where.parts[-2:-1] == ("snapshots",):
         name = given.partition("@")[0].rpartition("/")[2]  # the cache names a snapshot's folder by its hash
-    if where.is_dir():
-        return _load_folder(where, name, allow_nonfinite, ignore)
-    return _load_file(where, name, allow_nonfinite, ignore)
+    load_it = _load_folder if where.is_dir() else _load_file
+    lora = load_it(where, name, allow_nonfinite, ignore)
+    return lora.with_weights_renamed(rename) if rename else lora
 
 
 def save(

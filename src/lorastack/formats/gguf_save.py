@@ -19,6 +19,7 @@ from lorastack.core.extras import HARMLESS, KINDS
 from lorastack.core.factor import Factor
 from lorastack.errors import Failures, FormatError, Problems
 from lorastack.formats.peft import RECIPE_KEY
+from lorastack.ways import CONVERT, Way, drop_extras, ways
 
 #: GGML_MAX_NAME, the closing zero included.
 _MAX_NAME = 64
@@ -102,9 +103,10 @@ def uniform_alpha(lora: LoadedLora) -> float | None:
 def _check(lora: LoadedLora) -> None:
     problems = Problems(f"{lora.name} cannot be written as GGUF")
     if lora.naming != "gguf":
-        problems.add("its weights do not have GGUF names; convert it with convert_names(lora, base) (--base)")
+        problems.add(f"its weights do not have GGUF names{ways(CONVERT)}")
     if not lora.metadata.get("general.architecture"):
-        problems.add("the base's architecture is not known; convert it with its base, or give architecture='llama'")
+        said = ways(CONVERT, Way("say it, as in architecture='llama'", None))
+        problems.add(f"the base's architecture is not known{said}")
     if not lora.adapters:
         problems.add("it has no weights")
     for name, delta in lora.adapters.items():
@@ -115,7 +117,7 @@ def _check(lora: LoadedLora) -> None:
     for kind, values in lora.extras.items():
         if kind not in ("norm", "alora") and kind not in HARMLESS:
             first = next(iter(values))
-            problems.add(f"{kind}: {KINDS[kind]}, such as {first}; leave it out with without_extras({kind!r})")
+            problems.add(f"{kind}: {KINDS[kind]}, such as {first}{ways(drop_extras(kind))}")
     problems.raise_any(FormatError)
 
 

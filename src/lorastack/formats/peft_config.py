@@ -14,6 +14,7 @@ import orjson
 
 from lorastack.core.dtypes import FLOAT32_MAX
 from lorastack.errors import FormatError, Problems, shown
+from lorastack.ways import ignoring, ways
 
 CONFIG_NAME = "adapter_config.json"
 MAX_NESTING = 20
@@ -152,15 +153,17 @@ def _check_fields(raw: dict[str, Any], label: str, problems: Problems) -> None:
             problems.add(f"{label}: {field} is set: {why}, which is not supported")
         else:
             problems.add(
-                f"{label}: {field} = {shown(value)} is a field not known here, which may change the result; "
-                f"pass ignore=[{field!r}] (--ignore {field}) if you know that it does not"
+                f"{label}: {field} = {shown(value)} is a field not known here, which may change the result"
+                + ways(ignoring(field, "if you know that it does not"))
             )
     start = raw.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
         problems.add(
-            f"{label}: init_lora_weights is {start!r}: the base was changed at the start of training; save the "
-            "adapter with PEFT's path_initial_model_for_weight_conversion, or pass "
-            "ignore=['init_lora_weights'] (--ignore init_lora_weights) if your base is that changed one"
+            f"{label}: init_lora_weights is {start!r}: the base was changed at the start of training"
+            + ways(
+                "save the adapter with PEFT's path_initial_model_for_weight_conversion",
+                ignoring("init_lora_weights", "if your base is that changed one"),
+            )
         )
 
 

@@ -20,6 +20,7 @@ from lorastack.errors import FormatError, Problems
 from lorastack.formats.peft import PREFIX, RECIPE_KEY, WEIGHTS
 from lorastack.formats.peft_config import CONFIG_NAME
 from lorastack.formats.safetensors_save import Entry, write_safetensors
+from lorastack.ways import CONVERT, drop_extras, ways
 
 #: Fields that say what the adapter is for, which views and bakes leave true.
 _KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out")
@@ -52,14 +53,14 @@ def save_peft(
 def _check(lora: LoadedLora) -> None:
     problems = Problems(f"{lora.name} cannot be written as a PEFT folder")
     if lora.naming == "gguf":
-        problems.add("its weights have GGUF names; convert it with convert_names(lora, base) (--base)")
+        problems.add(f"its weights have GGUF names{ways(CONVERT)}")
     if not lora.adapters:
         problems.add("it has no weights")
     for name, delta in lora.adapters.items():
         if delta.kind != "experts" and not name.endswith(".weight"):
             problems.add(f"weight {name}: its name does not end with .weight, which PEFT's modules have")
     for name in lora.extras.get("norm", {}):
-        problems.add(f"norm: {KINDS['norm']}, {name}; leave it out with without_extras('norm')")
+        problems.add(f"norm: {KINDS['norm']}, {name}{ways(drop_extras('norm'))}")
     problems.raise_any(FormatError)
 
 

@@ -22,6 +22,7 @@ def report(
     force: bool = False,
     *,
     intruders: bool = False,
+    allow_mixed_bases: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write one page about a stack: what is in each adapter, where they meet, what a bake at a rank would lose.
@@ -41,6 +42,8 @@ def report(
     intruders
         Look for intruder dimensions too, where there is a base: every weight of it is decomposed, which takes from
         seconds to minutes each the first time.
+    allow_mixed_bases
+        Without a base: measure also what names different bases or shares no weight.
     progress
         Called with the weights done and the weights there are; each counts twice.
 
@@ -48,6 +51,8 @@ def report(
     ------
     ArgumentError
         When the stack is empty, or the file exists and ``force`` is not set.
+    NamingError
+        Listing the adapters when they are hardly for one base.
     MissingDependencyError
         Without plotly: ``pip install 'lorastack[report]'``.
 
@@ -68,7 +73,7 @@ def report(
     from lorastack.report.findings import find
     from lorastack.report.page import page
 
-    text = page(find(stack, base, intruders, progress, path.parent))
+    text = page(find(stack, base, intruders, progress, path.parent, allow_mixed_bases))
     with whole_output(path, force) as scratch:
         scratch.write_text(text, "utf-8")
     return path

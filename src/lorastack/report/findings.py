@@ -65,13 +65,14 @@ def find(
     intruders: bool = False,
     progress: Callable[[int, int], None] | None = None,
     folder: Path | None = None,
+    allow_mixed_bases: bool = False,
 ) -> Findings:
     """Measure everything. ``progress`` hears of each weight twice: when compared and when cut.
 
     The recipe's paths are as seen from ``folder``.
     """
     base = base if isinstance(base, BaseModel) or base is None else open_base(base)
-    stack = LoraStack([(one.lora, one.scale) for one in entries_of(stack, base, "report")])
+    stack = LoraStack([(one.lora, one.scale) for one in entries_of(stack, base, "report", allow_mixed_bases)])
     total, done = 2 * len(stack.weights), 0
 
     def step(count: int = 1) -> None:
@@ -81,7 +82,9 @@ def find(
             progress(done, total)
 
     recipe = Recipe.of_lora(LoadedLora("report", {}, origin=stack.entries))
-    found = compare(stack, base, intruders=INTRUDERS if intruders else None, progress=step)
+    found = compare(
+        stack, base, intruders=INTRUDERS if intruders else None, allow_mixed_bases=allow_mixed_bases, progress=step
+    )
     curve, bakes, exact = _losses(stack, step)
     return Findings(
         adapters=tuple(inspect(lora) for lora, _ in stack.entries),

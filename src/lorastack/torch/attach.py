@@ -33,7 +33,8 @@ def attach(
     model
         The model whose weight names the adapters were trained with.
     stack
-        Both of its lists are attached; the handle keeps a copy. A single adapter is taken at scale 1.
+        Both of its lists are attached; the handle keeps a copy. A single adapter is taken at scale 1. An empty stack
+        changes nothing until something is pushed to the handle.
     dtype
         Type to compute in; each layer's own when not given.
     allow_partial
@@ -77,8 +78,6 @@ def attach_all(
 ) -> Handle:
     """As `attach`, for adapters of any naming side by side: each is converted to the model's own names."""
     model = unwrapped(model)
-    if not entries:
-        raise ArgumentError("the stack is empty, so there is nothing to attach; push an adapter first")
     for module in model.modules():
         if module in ATTACHED:
             raise ArgumentError(

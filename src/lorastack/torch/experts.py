@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lorastack.errors import UnsupportedError
 from lorastack.torch.places import Place
 from lorastack.torch.prepared import Prepared, Slot
+from lorastack.ways import Way, ways
 
 #: Products by groups ask for rows of 16 bytes.
 _PAD = 8
@@ -51,8 +52,8 @@ class LoraWeight(torch.Tensor):
             plain = [arg.base if isinstance(arg, LoraWeight) else arg for arg in args]
             return func(*plain, **kwargs)
         raise UnsupportedError(
-            f"this model computes with its experts through {name}(), which updates are not known to pass through; "
-            "try model.set_experts_implementation('eager')"
+            f"this model computes with its experts through {name}(), which updates are not known to pass through"
+            + ways(Way("try model.set_experts_implementation('eager')", None))
         )
 
 

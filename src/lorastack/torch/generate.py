@@ -10,6 +10,7 @@ import torch
 
 from lorastack.errors import ArgumentError, FormatError, require
 from lorastack.torch.handle import Handle
+from lorastack.ways import argument
 
 
 def load_base(base: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
@@ -46,7 +47,7 @@ def torch_dtype(name: str) -> Any:
         return "auto"
     found = getattr(torch, {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(name, name), None)
     if not isinstance(found, torch.dtype):
-        raise ArgumentError(f"dtype {name!r} is not one of auto, f32, f16, bf16")
+        raise ArgumentError(f"{argument('dtype')} {name!r} is not one of auto, f32, f16, bf16")
     return found
 
 
@@ -64,7 +65,9 @@ def encode(tokenizer: Any, prompts: Sequence[str], chat: bool = False, system: s
     if not chat:
         return tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
     if not tokenizer.chat_template:
-        raise ArgumentError("the base's tokenizer has no chat template; leave --chat out, or use a chat model")
+        raise ArgumentError(
+            f"the base's tokenizer has no chat template; leave {argument('chat')} out, or use a chat model"
+        )
     opening = [{"role": "system", "content": system}] if system else []
     chats = [[*opening, {"role": "user", "content": prompt}] for prompt in prompts]
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)

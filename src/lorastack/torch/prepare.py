@@ -19,6 +19,7 @@ from lorastack.torch.places import Place, Places
 from lorastack.torch.prepared import Prepared
 from lorastack.torch.saved import Patch, check_saved_embeddings, make_patches
 from lorastack.torch.tensors import to_torch
+from lorastack.ways import CONVERT, drop_extras, ways
 
 
 @dataclass
@@ -66,7 +67,7 @@ def prepare(
             problems.add("none of its target modules and layers is in the model")
     for kind in sorted(NEVER_LIVE):
         if kind in extras:
-            problems.add(f"{KINDS[kind]} cannot be honoured; leave it out with without_extras({kind!r})")
+            problems.add(f"{KINDS[kind]} cannot be honoured{ways(drop_extras(kind))}")
     check_saved_embeddings(extras, places, problems)
     parts: list[Prepared] = []
     for name, delta in wanted.items():
@@ -94,8 +95,7 @@ def _in_own_names(lora: LoadedLora, places: Places) -> LoadedLora:
         base = places.as_base()
         if not base.config:
             raise UnsupportedError(
-                f"{type(places.model).__name__} has no config, so GGUF names cannot be converted for it; "
-                "convert the adapter with convert_names(lora, base) first"
+                f"{type(places.model).__name__} has no config, so GGUF names cannot be converted for it{ways(CONVERT)}"
             )
         return convert_names(lora, base, "hf")
     if not lora.extras and all(places.get(name) is not None for name in lora.adapters):

@@ -18,6 +18,7 @@ from lorastack.recipe import Recipe
 from lorastack.torch.attach import attach_all
 from lorastack.torch.perplexity import Perplexity
 from lorastack.torch.search import Direction, Search, Trial
+from lorastack.ways import argument
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def tune(
     if not math.isfinite(best.score):
         raise ArgumentError(
             f"no mixture has a finite score: all {len(search.trials)} trials gave NaN or infinity; "
-            "look at what the score computes, or narrow low and high"
+            f"look at what the score computes, or narrow {argument('low')} and {argument('high')}"
         )
     found = tuple((lora, scale) for (lora, _), scale in zip(entries, best.scales.values(), strict=True))
     return Tuned(found, best.scales, best.score, equal, base, tuple(search.trials), direction, measure)
@@ -180,9 +181,14 @@ def _checked(
             for line in error.problems:
                 problems.add(line)
     if type(trials) is not int or trials < 3:
-        problems.add(f"trials is {trials!r}, expected 3 or more: two go to the stack as given and the base")
+        problems.add(
+            f"{argument('trials')} is {trials!r}, expected 3 or more: two go to the stack as given and the base"
+        )
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        problems.add(f"low is {low!r} and high is {high!r}, expected finite numbers, the first one lower")
+        problems.add(
+            f"{argument('low')} is {low!r} and {argument('high')} is {high!r}, "
+            "expected finite numbers, the first one lower"
+        )
     if direction not in (None, "minimize", "maximize"):
         problems.add(f"direction is {direction!r}, expected minimize or maximize")
     problems.raise_any(ArgumentError)
