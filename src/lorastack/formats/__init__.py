@@ -15,6 +15,7 @@ from lorastack.files import whole_output
 from lorastack.formats import gguf, peft
 from lorastack.formats.gguf_save import save_gguf
 from lorastack.formats.peft_config import CONFIG_NAME, read_config
+from lorastack.formats.peft_keys import PREFIX
 from lorastack.formats.peft_save import save_peft
 from lorastack.formats.provenance import Provenance
 from lorastack.formats.safetensors_file import SafetensorsFile
@@ -147,7 +148,7 @@ def _load_file(path: Path, name: str | None, allow_nonfinite: bool, ignore: Coll
     if not head:
         raise FormatError(f"{path}: it is empty; fetch it again")
     weights = SafetensorsFile(path)
-    if any(key.startswith(peft.PREFIX) for key in weights.tensors) and (path.parent / CONFIG_NAME).is_file():
+    if any(key.startswith(PREFIX) for key in weights.tensors) and (path.parent / CONFIG_NAME).is_file():
         return peft.load(
             path.parent, _peft_config(path.parent), name or path.stem, allow_nonfinite, ignore, weights=path
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -14,18 +13,17 @@ import numpy as np
 from lorastack.core.adapter import LazyDeltas, LoadedLora
 from lorastack.core.delta import Kind, LoraDelta, misfit
 from lorastack.core.factor import Factor
-from lorastack.errors import FormatError, Problems, shown
+from lorastack.errors import FormatError, Problems
 from lorastack.formats.peft_config import CONFIG_NAME, PeftConfig, parse_config
+from lorastack.formats.peft_extras import ExtraSorter, Tensors, refuse
+from lorastack.formats.peft_keys import PREFIX, split
 from lorastack.formats.safetensors_file import FLOATS, Info, SafetensorsFile
 from lorastack.formats.torch_bin import TorchBin
 
-PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 #: Where a file of ours keeps what it was made of, in the weights' own metadata: PEFT warns of fields it does not know.
 RECIPE_KEY = "lorastack.recipe"
 OLD_WEIGHTS = "adapter_model.bin"
-
-Tensors = SafetensorsFile | TorchBin
 
 
 def load(
@@ -56,7 +54,7 @@ def load(
     return LoadedLora(
         name=name or os.path.basename(os.path.abspath(folder)),
         adapters=LazyDeltas(sorter.how, sorter.build),
-        extras=MappingProxyType(sorter.extras),
+        extras=MappingProxyType(sorter.extras.found),
         metadata=MappingProxyType(raw),
         naming="hf",
         source=folder,
@@ -72,26 +70,13 @@ def _open_tensors(folder: Path) -> Tensors:
     raise FormatError(f"{folder}: it has {CONFIG_NAME}, but neither {WEIGHTS} nor {OLD_WEIGHTS}; fetch it whole")
 
 
-#: Ending of a key -> which part of a module's adapter it is.
-_PARTS = {
-    ".lora_A.weight": "a",
-    ".lora_B.weight": "b",
-    ".lora_embedding_A": "embedding_a",
-    ".lora_embedding_B": "embedding_b",
-    ".lora_B.bias": "lora_bias",
-    ".lora_magnitude_vector": "dora",
-    ".lora_magnitude_vector.weight": "dora",
-    ".token_adapter.trainable_tokens_delta": "new_tokens",
-}
-
-
 class _Sorter:
-    """Sorts a file's keys into updates (``how``: weight name -> how to build it) and ``extras``."""
+    """Sorts a file's keys into updates (``how``: weight name -> how to build it) and extras."""
 
     def __init__(self, tensors: Tensors, config: PeftConfig, allow_nonfinite: bool, problems: Problems) -> None:
         self.tensors, self.config, self.allow, self.problems = tensors, config, allow_nonfinite, problems
         self.how: dict[str, tuple[str, str, float, Kind, int]] = {}
-        self.extras: dict[str, dict[str, Any]] = {}
+        self.extras = ExtraSorter(tensors, config, self.how, allow_nonfinite, problems)
 
     def sort(self) -> None:
         rest: list[str] = []
@@ -123,7 +108,7 @@ class _Sorter:
             rest.append(key)
         if rest or b_keys != len(how):
             self._sort_rest(rest)
-        self._check_extras()
+        self.extras.check()
         if not how and not self.problems:
             self.problems.add(f"{self.tensors.path}: it has no lora_A/lora_B tensors, so it would change nothing")
 
@@ -135,9 +120,9 @@ class _Sorter:
         others: list[tuple[str, str]] = []
         for key in rest:
             if not key.startswith(PREFIX):
-                self._refuse(key)
+                refuse(key, self.tensors, self.problems)
                 continue
-            part, module = _split(key[17:])
+            part, module = split(key[17:])
             if part in parts:
                 parts[part][module] = key
             else:
@@ -145,7 +130,7 @@ class _Sorter:
         self._pair(parts["a"], parts["b"], ("lora_A", "lora_B"), embedding=False)
         self._pair(parts["embedding_a"], parts["embedding_b"], ("lora_embedding_A", "lora_embedding_B"), embedding=True)
         for key, part in others:
-            self._extra(key, part)
+            self.extras.take(key, part)
 
     def build(self, _: str, how: tuple[str, str, float, Kind, int]) -> LoraDelta:
         key_a, key_b, scaling, kind, rank = how
@@ -233,87 +218,6 @@ class _Sorter:
             self.problems.add(f"{self.tensors.path}: module {module}: more factors than target_parameters {wanted}")
             return None
         return f"{holder}.{wanted[len(wanted) - 1 - depth]}"
-
-    def _extra(self, key: str, part: str) -> None:
-        module = _split(key[17:])[1]
-        weight = module + ".weight"
-        factor = self._float_factor(key)
-        if factor is None:
-            return
-        if part in ("dora", "lora_bias"):
-            self._keep(part, weight, factor, key)
-        elif part == "new_tokens":
-            self._keep(part, weight, (self._token_ids(module, factor.shape), factor), key)
-        elif "lora_" in key or "token_adapter" in key:
-            self._refuse(key)
-        else:
-            kind, own = self._saved_kind(key[17:])
-            self._keep(kind, own, factor, key)
-
-    def _keep(self, kind: str, name: str, value: Any, key: str) -> None:
-        kept = self.extras.setdefault(kind, {})
-        if name in kept:
-            self.problems.add(f"{self.tensors.path}: tensor {key} is a second {kind} of {name}")
-        kept[name] = value
-
-    def _float_factor(self, key: str) -> Factor | None:
-        dtype = self.tensors.tensors[key][0]
-        if dtype in FLOATS:
-            return self.tensors.factor(key, self.allow)
-        self.problems.add(f"{self.tensors.path}: tensor {key} is {dtype}, expected a float type")
-        return None
-
-    def _saved_kind(self, name: str) -> tuple[str, str]:
-        """Kind and the base's own key of a tensor that belongs to the base itself."""
-        own = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        if own.endswith(".bias") and self.config.raw.get("bias", "none") != "none":
-            return "bias", own
-        if ".base_layer." in name or own in self.how:
-            return "base_weight", own
-        return "modules_to_save", own
-
-    def _token_ids(self, module: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The token ids of the trained rows of one embedding."""
-        rows = shape[0] if len(shape) == 2 else -1
-        said = self.config.raw.get("trainable_token_indices")
-        if isinstance(said, dict):
-            said = next((ids for key, ids in said.items() if module == key or module.endswith("." + key)), None)
-        if not isinstance(said, list) or len(said) != rows or not all(type(i) is int and i >= 0 for i in said):
-            self.problems.add(
-                f"{self.tensors.path}: module {module} has trained token rows of shape {shape}, "
-                f"{CONFIG_NAME} names the tokens {shown(said)} (trainable_token_indices)"
-            )
-            return ()
-        return tuple(said)
-
-    def _check_extras(self) -> None:
-        raw, where = self.config.raw, self.tensors.path
-        for field, kind in (("use_dora", "dora"), ("lora_bias", "lora_bias")):
-            have, want = set(self.extras.get(kind, ())), set(self.how) if raw.get(field) else set()
-            for weight in sorted(want - have):
-                self.problems.add(f"{where}: {field} is set, but {weight} has no {kind}; save the adapter again")
-            for weight in sorted(have - want):
-                why = "has no lora_A and lora_B" if raw.get(field) else f"comes without {field} in {CONFIG_NAME}"
-                self.problems.add(f"{where}: the {kind} of {weight} {why}")
-            for weight in sorted(have & want):
-                shape, out = self.extras[kind][weight].shape, self.tensors.tensors[self.how[weight][1]][1][:1]
-                if out and math.prod(shape) != out[0]:
-                    self.problems.add(f"{where}: the {kind} of {weight} is {shape}, its lora_B has {out[0]} rows")
-        if raw.get("trainable_token_indices") and "new_tokens" not in self.extras:
-            self.problems.add(f"{where}: trainable_token_indices is set, but no trainable_tokens_delta is in the file")
-        if tokens := raw.get("alora_invocation_tokens"):
-            self.extras["alora"] = {"invocation_tokens": tuple(tokens) if isinstance(tokens, list) else tokens}
-
-    def _refuse(self, key: str) -> None:
-        self.problems.add(f"{self.tensors.path}: tensor {key} is no part of a PEFT LoRA adapter known here")
-
-
-def _split(name: str) -> tuple[str, str]:
-    """(part, module path) of a key without its prefix; part is ``""`` for the base's own tensors."""
-    for ending, part in _PARTS.items():
-        if name.endswith(ending):
-            return part, name[: -len(ending)]
-    return "", name.rpartition(".")[0]
 
 
 def _experts(a: Factor, b: Factor, rank: int) -> tuple[Factor, Factor]:

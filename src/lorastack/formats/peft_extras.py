@@ -1,0 +1,112 @@
+"""What a PEFT file holds beside low-rank updates: each tensor sorted by kind, and checked against the config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lorastack.core.factor import Factor
+from lorastack.errors import Problems, shown
+from lorastack.formats.peft_config import CONFIG_NAME, PeftConfig
+from lorastack.formats.peft_keys import split
+from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
+from lorastack.formats.torch_bin import TorchBin
+
+Tensors = SafetensorsFile | TorchBin
+
+
+class ExtraSorter:
+    """Sorts tensors that are no factors into ``found``: kind -> the base's own name -> value.
+
+    ``how`` has the updates by weight, the key of their lora_B second.
+    """
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        config: PeftConfig,
+        how: Mapping[str, tuple[Any, ...]],
+        allow_nonfinite: bool,
+        problems: Problems,
+    ) -> None:
+        self.tensors, self.config, self.how = tensors, config, how
+        self.allow, self.problems = allow_nonfinite, problems
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def take(self, key: str, part: str) -> None:
+        """Sort the tensor ``key``, which is this ``part`` of a module."""
+        module = split(key[17:])[1]
+        weight = module + ".weight"
+        factor = self._float_factor(key)
+        if factor is None:
+            return
+        if part in ("dora", "lora_bias"):
+            self._keep(part, weight, factor, key)
+        elif part == "new_tokens":
+            self._keep(part, weight, (self._token_ids(module, factor.shape), factor), key)
+        elif "lora_" in key or "token_adapter" in key:
+            refuse(key, self.tensors, self.problems)
+        else:
+            kind, own = self._saved_kind(key[17:])
+            self._keep(kind, own, factor, key)
+
+    def check(self) -> None:
+        """Compare what was found with what the config and the updates ask for."""
+        raw, where = self.config.raw, self.tensors.path
+        for field, kind in (("use_dora", "dora"), ("lora_bias", "lora_bias")):
+            have, want = set(self.found.get(kind, ())), set(self.how) if raw.get(field) else set()
+            for weight in sorted(want - have):
+                self.problems.add(f"{where}: {field} is set, but {weight} has no {kind}; save the adapter again")
+            for weight in sorted(have - want):
+                why = "has no lora_A and lora_B" if raw.get(field) else f"comes without {field} in {CONFIG_NAME}"
+                self.problems.add(f"{where}: the {kind} of {weight} {why}")
+            for weight in sorted(have & want):
+                shape, out = self.found[kind][weight].shape, self.tensors.tensors[self.how[weight][1]][1][:1]
+                if out and math.prod(shape) != out[0]:
+                    self.problems.add(f"{where}: the {kind} of {weight} is {shape}, its lora_B has {out[0]} rows")
+        if raw.get("trainable_token_indices") and "new_tokens" not in self.found:
+            self.problems.add(f"{where}: trainable_token_indices is set, but no trainable_tokens_delta is in the file")
+        if tokens := raw.get("alora_invocation_tokens"):
+            self.found["alora"] = {"invocation_tokens": tuple(tokens) if isinstance(tokens, list) else tokens}
+
+    def _keep(self, kind: str, name: str, value: Any, key: str) -> None:
+        kept = self.found.setdefault(kind, {})
+        if name in kept:
+            self.problems.add(f"{self.tensors.path}: tensor {key} is a second {kind} of {name}")
+        kept[name] = value
+
+    def _float_factor(self, key: str) -> Factor | None:
+        dtype = self.tensors.tensors[key][0]
+        if dtype in FLOATS:
+            return self.tensors.factor(key, self.allow)
+        self.problems.add(f"{self.tensors.path}: tensor {key} is {dtype}, expected a float type")
+        return None
+
+    def _saved_kind(self, name: str) -> tuple[str, str]:
+        """Kind and the base's own key of a tensor that belongs to the base itself."""
+        own = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        if own.endswith(".bias") and self.config.raw.get("bias", "none") != "none":
+            return "bias", own
+        if ".base_layer." in name or own in self.how:
+            return "base_weight", own
+        return "modules_to_save", own
+
+    def _token_ids(self, module: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The token ids of the trained rows of one embedding."""
+        rows = shape[0] if len(shape) == 2 else -1
+        said = self.config.raw.get("trainable_token_indices")
+        if isinstance(said, dict):
+            said = next((ids for key, ids in said.items() if module == key or module.endswith("." + key)), None)
+        if not isinstance(said, list) or len(said) != rows or not all(type(i) is int and i >= 0 for i in said):
+            self.problems.add(
+                f"{self.tensors.path}: module {module} has trained token rows of shape {shape}, "
+                f"{CONFIG_NAME} names the tokens {shown(said)} (trainable_token_indices)"
+            )
+            return ()
+        return tuple(said)
+
+
+def refuse(key: str, tensors: Tensors, problems: Problems) -> None:
+    """Note a tensor that has no place here."""
+    problems.add(f"{tensors.path}: tensor {key} is no part of a PEFT LoRA adapter known here")
