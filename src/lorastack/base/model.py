@@ -10,13 +10,13 @@ from typing import Any
 
 import gguf
 import numpy as np
-import orjson
 
 from lorastack.base.architectures import BY_HF, Architecture, architecture_of
 from lorastack.core.delta import LoraDelta
 from lorastack.core.target import Naming
 from lorastack.errors import FormatError, Problems, ShapeError, UnknownNameError, UnsupportedError
 from lorastack.formats.gguf import open_reader
+from lorastack.formats.json_object import read_object
 from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
 from lorastack.hub import resolve
 
@@ -189,10 +189,7 @@ def _dequantised(tensor: gguf.ReaderTensor, given: str) -> np.ndarray:
 
 
 def _from_folder(folder: Path, given: str) -> BaseModel:
-    try:
-        config = orjson.loads((folder / "config.json").read_bytes())
-    except ValueError as error:
-        raise FormatError(f"base {given}: its config.json is no JSON ({error})") from error
+    config = read_object(folder / "config.json")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FormatError(f"base {given}: it has no .safetensors file; convert the model with save_pretrained()")
@@ -236,7 +233,7 @@ def _check_index(folder: Path, given: str, shapes: Mapping[str, Any]) -> None:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         problems = Problems(f"base {given} is incomplete")
-        missing = sorted(set(orjson.loads(index.read_bytes()).get("weight_map", {})) - set(shapes))
+        missing = sorted(set(read_object(index).get("weight_map", {})) - set(shapes))
         if missing:
             problems.add(f"{len(missing)} weights of its index are in no file, such as {missing[0]}; fetch it whole")
         problems.raise_any(FormatError)
