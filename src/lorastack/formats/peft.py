@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from types import MappingProxyType
@@ -13,17 +14,19 @@ import numpy as np
 from lorastack.core.adapter import LazyDeltas, LoadedLora
 from lorastack.core.delta import Kind, LoraDelta, misfit
 from lorastack.core.factor import Factor
-from lorastack.errors import FormatError, Problems
+from lorastack.errors import FormatError, LoraStackWarning, Problems
+from lorastack.formats.companions import companions
 from lorastack.formats.peft_config import CONFIG_NAME, PeftConfig, parse_config
-from lorastack.formats.peft_extras import ExtraSorter, Tensors, refuse
-from lorastack.formats.peft_keys import PREFIX, split
-from lorastack.formats.safetensors_file import FLOATS, Info, SafetensorsFile
-from lorastack.formats.torch_bin import TorchBin
+from lorastack.formats.peft_extras import ExtraSorter, frozen, refuse, refuse_empty
+from lorastack.formats.peft_files import open_folder, open_weights
+from lorastack.formats.peft_keys import PREFIX, may_be_wrapped, plain_keys, split
+from lorastack.formats.safetensors_file import FLOATS, Info
+from lorastack.formats.tensors import Renamed, Tensors
 
-WEIGHTS = "adapter_model.safetensors"
 #: Where a file of ours keeps what it was made of, in the weights' own metadata: PEFT warns of fields it does not know.
 RECIPE_KEY = "lorastack.recipe"
-OLD_WEIGHTS = "adapter_model.bin"
+#: Where an adapter's metadata keeps what was done to read its file, for `lorastack.inspect`.
+NOTES_KEY = "lorastack.notes"
 
 
 def load(
@@ -36,8 +39,8 @@ def load(
 ) -> LoadedLora:
     """Open a PEFT folder: config and header are checked, the factors stay in the mapped file.
 
-    ``raw`` is the content of its adapter_config.json; ``weights`` names the safetensors file when it is
-    not the usual one.
+    ``raw`` is the content of its adapter_config.json; ``weights`` names the file of weights when it is not the
+    usual one.
     """
     label = str(folder / CONFIG_NAME)
     problems = Problems(f"cannot load {folder}")
@@ -45,12 +48,16 @@ def load(
     if config is None:
         problems.raise_any(FormatError)
     assert config is not None
-    tensors = SafetensorsFile(weights) if weights else _open_tensors(folder)
+    tensors = open_weights(weights) if weights else open_folder(folder)
     sorter = _Sorter(tensors, config, allow_nonfinite, problems)
     sorter.sort()
     problems.raise_any(FormatError)
     if recipe := tensors.metadata.get(RECIPE_KEY):
         raw = {**raw, RECIPE_KEY: recipe}
+    files = (folder / CONFIG_NAME, *tensors.files)
+    notes = (*sorter.tensors.notes, *sorter.notes, *_unread(folder, files, ignore))
+    if notes:
+        raw = {**raw, NOTES_KEY: notes}
     return LoadedLora(
         name=name or os.path.basename(os.path.abspath(folder)),
         adapters=LazyDeltas(sorter.how, sorter.build),
@@ -58,16 +65,22 @@ def load(
         metadata=MappingProxyType(raw),
         naming="hf",
         source=folder,
+        files=files,
         file_alpha=config.alpha,
     )
 
 
-def _open_tensors(folder: Path) -> Tensors:
-    if (path := folder / WEIGHTS).is_file():
-        return SafetensorsFile(path)
-    if (path := folder / OLD_WEIGHTS).is_file():
-        return TorchBin(path)
-    raise FormatError(f"{folder}: it has {CONFIG_NAME}, but neither {WEIGHTS} nor {OLD_WEIGHTS}; fetch it whole")
+def _unread(folder: Path, files: Collection[Path], ignore: Collection[str]) -> list[str]:
+    """Say in a warning which files beside the adapter hold more of what was trained."""
+    unread = {name: said for name, said in companions(folder, files).items() if name not in ignore}
+    for name, said in unread.items():
+        warnings.warn(
+            f"{folder}: {said}; the adapter alone may not do what was trained. Load that file yourself, or pass "
+            f"ignore=[{name!r}] (--ignore {name}) if it does without",
+            LoraStackWarning,
+            stacklevel=4,
+        )
+    return list(unread.values())
 
 
 class _Sorter:
@@ -77,10 +90,26 @@ class _Sorter:
         self.tensors, self.config, self.allow, self.problems = tensors, config, allow_nonfinite, problems
         self.how: dict[str, tuple[str, str, float, Kind, int]] = {}
         self.extras = ExtraSorter(tensors, config, self.how, allow_nonfinite, problems)
+        self.notes: tuple[str, ...] = ()
 
     def sort(self) -> None:
+        rest = self._sort_plain()
+        if rest or may_be_wrapped(self.how):
+            keys = plain_keys(self.tensors.tensors, self.tensors.path, self.problems)
+            if keys:
+                self.tensors = self.extras.tensors = Renamed(self.tensors, keys.stored, keys.notes)
+                self.how.clear()
+                rest = self._sort_plain()
+        if rest:
+            self._sort_rest(rest)
+        self.extras.check()
+        if not self.how and not self.problems:
+            self.problems.add(f"{self.tensors.path}: it has no lora_A/lora_B tensors, so it would change nothing")
+
+    def _sort_plain(self) -> list[str]:
+        """Sort what nearly every key is; returns the keys that are something else, or not as expected."""
         rest: list[str] = []
-        b_keys = 0
+        b_keys: list[str] = []
         tensors, how = self.tensors.tensors, self.how
         config = self.config
         rank, scaling = config.rank, config.scaling_of("")
@@ -90,7 +119,7 @@ class _Sorter:
         for key, (dtype, shape, _, _) in tensors.items():
             ending = key[-14:]
             if ending == ".lora_B.weight":
-                b_keys += 1
+                b_keys.append(key)
                 continue
             if plain and ending == ".lora_A.weight" and key[:17] == PREFIX and len(shape) == 2:
                 key_b = key[:-13] + "lora_B.weight"
@@ -106,16 +135,13 @@ class _Sorter:
                     how[key[17:-13] + "weight"] = (key, key_b, scaling, "linear", rank)
                     continue
             rest.append(key)
-        if rest or b_keys != len(how):
-            self._sort_rest(rest)
-        self.extras.check()
-        if not how and not self.problems:
-            self.problems.add(f"{self.tensors.path}: it has no lora_A/lora_B tensors, so it would change nothing")
+        if rest or len(b_keys) != len(how):
+            paired = {one[1] for one in how.values()}
+            rest += [key for key in b_keys if key not in paired]
+        return rest
 
     def _sort_rest(self, rest: list[str]) -> None:
-        """What the fast loop left: unusual modules, extras, halves without the other, foreign tensors."""
-        paired = {one[1] for one in self.how.values()}
-        rest += [key for key in self.tensors.tensors if key.endswith(".lora_B.weight") and key not in paired]
+        """Sort unusual modules and extras; note halves without the other, and foreign tensors."""
         parts: dict[str, dict[str, str]] = {"a": {}, "b": {}, "embedding_a": {}, "embedding_b": {}}
         others: list[tuple[str, str]] = []
         for key in rest:
@@ -129,8 +155,17 @@ class _Sorter:
                 others.append((key, part))
         self._pair(parts["a"], parts["b"], ("lora_A", "lora_B"), embedding=False)
         self._pair(parts["embedding_a"], parts["embedding_b"], ("lora_embedding_A", "lora_embedding_B"), embedding=True)
+        left_out = self._left_out([key for key, _ in others])
         for key, part in others:
-            self.extras.take(key, part)
+            if key not in left_out:
+                self.extras.take(key, part)
+
+    def _left_out(self, keys: list[str]) -> set[str]:
+        """The keys of the base's own tensors, which are not part of the adapter."""
+        left_out = frozen(keys, {split(one[0][17:])[1] for one in self.how.values()}, self.config)
+        if left_out:
+            self.notes = (f"{len(left_out)} tensors of the base itself are left out, such as {left_out[0][17:]}",)
+        return set(left_out)
 
     def build(self, _: str, how: tuple[str, str, float, Kind, int]) -> LoraDelta:
         key_a, key_b, scaling, kind, rank = how
@@ -149,6 +184,11 @@ class _Sorter:
             if key_b is None:
                 continue
             (dtype_a, shape_a, *_), (dtype_b, shape_b, *_) = self.tensors.tensors[key_a], self.tensors.tensors[key_b]
+            empty = [key for key, shape in ((key_a, shape_a), (key_b, shape_b)) if 0 in shape]
+            for key in empty:
+                refuse_empty(key, self.tensors, self.problems)
+            if empty:
+                continue
             for key, dtype in ((key_a, dtype_a), (key_b, dtype_b)):
                 if dtype not in FLOATS:
                     self.problems.add(f"{where}: tensor {key} is {dtype}, expected a float type")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lorastack.core.factor import Factor
 from lorastack.errors import Problems, shown
 from lorastack.formats.peft_config import CONFIG_NAME, PeftConfig
-from lorastack.formats.peft_keys import split
-from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
-from lorastack.formats.torch_bin import TorchBin
-
-Tensors = SafetensorsFile | TorchBin
+from lorastack.formats.peft_keys import FOREIGN, PREFIX, split
+from lorastack.formats.safetensors_file import FLOATS
+from lorastack.formats.tensors import Tensors
 
 
 class ExtraSorter:
@@ -38,6 +37,9 @@ class ExtraSorter:
         """Sort the tensor ``key``, which is this ``part`` of a module."""
         module = split(key[17:])[1]
         weight = module + ".weight"
+        if 0 in self.tensors.tensors[key][1]:
+            refuse_empty(key, self.tensors, self.problems)
+            return
         factor = self._float_factor(key)
         if factor is None:
             return
@@ -45,7 +47,7 @@ class ExtraSorter:
             self._keep(part, weight, factor, key)
         elif part == "new_tokens":
             self._keep(part, weight, (self._token_ids(module, factor.shape), factor), key)
-        elif "lora_" in key or "token_adapter" in key:
+        elif FOREIGN.search(key[17:]) and not self.config.saves(key[17:]):
             refuse(key, self.tensors, self.problems)
         else:
             kind, own = self._saved_kind(key[17:])
@@ -72,7 +74,8 @@ class ExtraSorter:
 
     def _keep(self, kind: str, name: str, value: Any, key: str) -> None:
         kept = self.found.setdefault(kind, {})
-        if name in kept:
+        # With a resized vocabulary PEFT saves a module twice, under its own name and as `.modules_to_save.`.
+        if name in kept and not _same(kept[name], value):
             self.problems.add(f"{self.tensors.path}: tensor {key} is a second {kind} of {name}")
         kept[name] = value
 
@@ -105,6 +108,63 @@ class ExtraSorter:
             )
             return ()
         return tuple(said)
+
+
+def frozen(keys: Collection[str], modules: Collection[str], config: PeftConfig) -> list[str]:
+    """Those of the keys beside the factors of ``modules`` that are the base's own tensors, which were not trained.
+
+    They are the originals of saved modules; and, in a whole model's state dict, all that the config does not name.
+    PEFT itself saves the own weight of no targeted layer but an embedding or a head, so that one in a numbered
+    layer tells a whole state dict.
+    """
+    names = {key: key[17:] for key in keys if key.startswith(PREFIX)}
+    own = {_owner(name) for name in names.values() if not name.endswith(".bias")}
+    targets = {_owner(module + ".base_layer.") for module in modules}
+    whole = targets <= own and any(re.search(r"\.\d+\.", target) for target in targets)
+    return [
+        key
+        for key, name in names.items()
+        if _is_original(name) or (whole and not _is_trained(name, targets, config) and not _is_part(name))
+    ]
+
+
+def _is_original(name: str) -> bool:
+    return ".original_module." in name or ".token_adapter.base_layer." in name
+
+
+def _is_part(name: str) -> bool:
+    return bool(split(name)[0] or FOREIGN.search(name))
+
+
+def _is_trained(name: str, targets: Collection[str], config: PeftConfig) -> bool:
+    """Whether the config says of one of the base's own tensors that it was trained."""
+    biases = config.raw.get("bias", "none")
+    if name.endswith(".bias") and (biases == "all" or (biases == "lora_only" and _owner(name) in targets)):
+        return True
+    return ".modules_to_save." in name or config.saves(name)
+
+
+def _owner(name: str) -> str:
+    """The module that a base's tensor belongs to, without PEFT's wrappers."""
+    holder, inner, _ = name.partition(".base_layer.")
+    return holder if inner else name.rpartition(".")[0]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two tensors hold the same bytes."""
+    if not isinstance(one, Factor) or not isinstance(other, Factor):
+        return False
+    alike = one.shape == other.shape and one.stored == other.stored
+    return alike and one.raw().tobytes() == other.raw().tobytes()
+
+
+def refuse_empty(key: str, tensors: Tensors, problems: Problems) -> None:
+    """Note a tensor without elements: what was trained is not in the file."""
+    problems.add(
+        f"{tensors.path}: tensor {key} is empty, a dimension is 0: {list(tensors.tensors[key][1])}; ZeRO-3 saved it "
+        "without gathering it; save again with stage3_gather_16bit_weights_on_model_save, save_16bit_model() or "
+        "zero_to_fp32.py"
+    )
 
 
 def refuse(key: str, tensors: Tensors, problems: Problems) -> None:
