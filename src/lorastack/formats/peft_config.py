@@ -110,8 +110,8 @@ def parse_config(
     """Check every field; adds what is wrong to ``problems`` and returns None when the rest has no meaning."""
     if isinstance(enabled := raw.get("enable_lora"), list) and enabled:  # not to be ignored: the factors are its own
         problems.add(
-            f"{label}: enable_lora is {shown(enabled)}: it is an adapter of loralib's MergedLinear, as PEFT 0.1 and 0.2 "
-            "made for fused projections, which is not read; train it again with a later PEFT"
+            f"{label}: enable_lora is {shown(enabled)}: it is an adapter of loralib's MergedLinear, as PEFT 0.1 and "
+            "0.2 made for fused projections, which is not read; train it again with a later PEFT"
         )
         return None
     raw = {key: value for key, value in raw.items() if key not in ignore} if ignore else raw
