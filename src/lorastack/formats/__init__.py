@@ -59,11 +59,10 @@ def load(
     """
     given = os.fspath(path)
     where = resolve(given, subfolder, (*ADAPTER_FILES, *companions.KNOWN))
+    if name is None and where.parts[-2:-1] == ("snapshots",):
+        name = given.partition("@")[0].rpartition("/")[2]  # the cache names a snapshot's folder by its hash
     if where.is_dir():
-        folder = _adapter_folder(where)
-        if name is None and folder.parts[-2:-1] == ("snapshots",):
-            name = given.partition("@")[0].rpartition("/")[2]  # the cache names a snapshot's folder by its hash
-        return _load_folder(folder, name, allow_nonfinite, ignore)
+        return _load_folder(where, name, allow_nonfinite, ignore)
     return _load_file(where, name, allow_nonfinite, ignore)
 
 
@@ -119,14 +118,6 @@ def save(
     return path
 
 
-def _adapter_folder(folder: Path) -> Path:
-    """The folder with the adapter: this one, or the only one below it that holds one, which names it."""
-    if (folder / CONFIG_NAME).is_file() or _lone_file(folder):
-        return folder
-    inside = _adapters_below(folder)
-    return inside[0] if len(inside) == 1 and not _is_model(folder) else folder
-
-
 def _adapters_below(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("*/**/" + CONFIG_NAME))
 
@@ -150,9 +141,12 @@ def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: 
         return peft.load(folder, _peft_config(folder), name, allow_nonfinite, ignore)
     if file := _lone_file(folder):
         return _load_file(file, name, allow_nonfinite, ignore)
-    if inside := _adapters_below(folder)[:50]:
+    inside = _adapters_below(folder)
+    if len(inside) == 1 and not _is_model(folder):
+        return _load_folder(inside[0], name, allow_nonfinite, ignore)
+    if inside:
         held = "several adapters" if len(inside) > 1 else "a whole model, and an adapter below it"
-        raise FormatError(f"{folder}: it holds {held}; load one of them", [str(path) for path in inside])
+        raise FormatError(f"{folder}: it holds {held}; load one of them", [str(path) for path in inside[:50]])
     if (folder / "config.json").exists():
         raise FormatError(f"{folder}: it is a whole model (config.json, no {CONFIG_NAME}); give it as the base")
     files = _weight_files(folder)

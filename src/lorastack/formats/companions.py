@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickletools
 import re
 import zipfile
@@ -23,18 +24,18 @@ KNOWN = (
     "value_head.bin",
 )
 #: And what others are likely to be called.
-_LIKELY = re.compile(
-    r".*(trainable|projector|embed|head|resampler|connector|qformer|lm_head|classifier|score|adapter_extra).*"
-    r"\.(bin|safetensors|pt|pth)",
-    re.IGNORECASE,
-)
+_LIKELY = re.compile("trainable|projector|embed|head|resampler|connector|qformer|classifier|score", re.IGNORECASE)
+_ENDINGS = (".bin", ".safetensors", ".pt", ".pth")
 _MAX_PICKLE = 1 << 24
 
 
 def companions(folder: Path, own: Collection[Path]) -> dict[str, str]:
     """Name -> what to say of it, for every such file in the folder that is not one of the adapter's ``own``."""
+    likely = [name for name in os.listdir(folder) if name.endswith(_ENDINGS) and _LIKELY.search(name)]
+    if not likely:
+        return {}
     ours = {path.name for path in own}
-    found = [path for path in sorted(folder.iterdir()) if path.name not in ours and _LIKELY.fullmatch(path.name)]
+    found = [folder / name for name in sorted(likely) if name not in ours]
     return {path.name: f"{path.name} holds {_held(path)}, which is not read" for path in found if path.is_file()}
 
 
