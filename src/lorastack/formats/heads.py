@@ -99,7 +99,8 @@ def _said(head: bytes, wanted: Wanted) -> str | None:
     if is_safetensors(head) and wanted in ("GGUF", "torch"):
         return "a safetensors file by its content; give it the ending .safetensors"
     if wanted != "JSON" and len(head) > 8 and _is_text(head):
-        return f"a text that begins {shown(head.decode(errors='replace').splitlines()[0])}; {_FETCH}"
+        begins = shown(head.decode(errors="replace").strip().splitlines()[0])
+        return f"a text that begins {begins}, no {wanted} file; {_FETCH}"
     return None
 
 
