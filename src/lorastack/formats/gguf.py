@@ -102,6 +102,12 @@ def _check_identity(metadata: dict[str, Any], problems: Problems) -> None:
         problems.add(f"key general.type: found {kind!r}, expected 'adapter'; convert it with convert_lora_to_gguf.py")
     if metadata.get("adapter.type") != "lora" and kind == "adapter":
         problems.add(f"key adapter.type: found {metadata.get('adapter.type')!r}, expected 'lora'; only LoRA is read")
+    count = metadata.get("split.count", 1)
+    if isinstance(count, int) and count > 1:
+        problems.add(
+            f"key split.count: found {count}, expected 1; it is one part of an adapter, join the parts with "
+            "llama-gguf-split --merge"
+        )
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         problems.add(f"key general.architecture: found {architecture!r}, expected the base's, such as 'llama'")

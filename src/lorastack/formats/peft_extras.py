@@ -120,7 +120,7 @@ def frozen(keys: Collection[str], modules: Collection[str], config: PeftConfig) 
     names = {key: key[17:] for key in keys if key.startswith(PREFIX)}
     own = {_owner(name) for name in names.values() if not name.endswith(".bias")}
     targets = {_owner(module + ".base_layer.") for module in modules}
-    whole = targets <= own and any(re.search(r"\.\d+\.", target) for target in targets)
+    whole = any(target in own and re.search(r"\.\d+\.", target) for target in targets)
     return [
         key
         for key, name in names.items()
