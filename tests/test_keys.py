@@ -162,6 +162,14 @@ def test_foreign_segments_of_keys_are_left_out_and_said(tmp_path: Path, family: 
     assert said in "\n".join(inspect(lora).odd)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "opt"])
+def test_a_wrapper_inside_otherwise_ordinary_keys_is_seen(tmp_path: Path, family: str) -> None:
+    """Nothing else in the file is out of the ordinary, so that only the look at all names can find it."""
+    plain = saved(family, tmp_path / "plain", use_dora=False, modules_to_save=None, lora_bias=False, bias="none")
+    lora = load(rekeyed(plain, tmp_path / "changed", FOREIGN_KEYS["on one layer only"][0]))
+    check_same(lora, load(plain))
+
+
 def test_ordinary_keys_are_read_without_a_word(tmp_path: Path) -> None:
     for family in FAMILIES:
         lora = load(saved(family, tmp_path / family))
