@@ -343,6 +343,15 @@ def test_the_only_adapter_below_a_folder_is_loaded(plain: Path, tmp_path: Path) 
     assert caught.value.problems == (str(outer / "checkpoint-7" / "style"),)
 
 
+def test_weights_under_a_name_of_their_own_are_pointed_at_and_read(plain: Path) -> None:
+    expected = factors_of(plain)
+    torch.save({"state_dict": load_file(plain / WEIGHTS)}, plain / "last.ckpt")
+    (plain / WEIGHTS).unlink()
+    with pytest.raises(FormatError, match=r"give the file itself if its weights are in last\.ckpt"):
+        load(plain)
+    check_same(load(plain / "last.ckpt"), expected)
+
+
 def test_the_size_and_the_hashes_are_those_of_what_was_read(plain: Path) -> None:
     torch.save({}, plain / OLD)
     (plain / "adapter_notes.txt").write_text("x" * 1000)

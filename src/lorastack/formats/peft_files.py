@@ -15,6 +15,8 @@ OLD_WEIGHTS = "adapter_model.bin"
 #: The last two are whole models, as trainers save them: their LoRA part is read.
 NAMES = (WEIGHTS, OLD_WEIGHTS, "model.safetensors", "pytorch_model.bin")
 
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
 
 def open_folder(folder: Path) -> Tensors:
     """The weights of the adapter in a folder."""
@@ -29,7 +31,11 @@ def open_folder(folder: Path) -> Tensors:
             f"{folder}: it has shards such as {parts[0].name}, but no {WEIGHTS}{INDEX_ENDING} that says which belong "
             "together; fetch it whole"
         )
-    raise FormatError(f"{folder}: it has {CONFIG_NAME}, but neither {WEIGHTS} nor {OLD_WEIGHTS}; fetch it whole")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _ENDINGS)
+    raise FormatError(
+        f"{folder}: it has {CONFIG_NAME}, but neither {WEIGHTS} nor {OLD_WEIGHTS}; fetch it whole"
+        + (f", or give the file itself if its weights are in {' or '.join(others[:5])}" if others else "")
+    )
 
 
 def open_weights(path: Path) -> Tensors:
