@@ -118,7 +118,7 @@ def frozen(keys: Collection[str], modules: Collection[str], config: PeftConfig) 
     layer tells a whole state dict.
     """
     names = {key: key[17:] for key in keys if key.startswith(PREFIX)}
-    own = {_owner(name) for name in names.values() if not name.endswith(".bias")}
+    own = {_owner(name) for name in names.values() if name.endswith(("weight", ".base_layer.qweight"))}
     targets = {_owner(module + ".base_layer.") for module in modules}
     whole = any(target in own and re.search(r"\.\d+\.", target) for target in targets)
     return [
