@@ -270,6 +270,13 @@ def test_a_file_that_does_not_say_it_is_a_lora_is_refused(file: Path, key: str, 
     assert said in str(refusal(write(file, pair(), keys={key: (value, GGUFValueType.STRING)})))
 
 
+def test_one_part_of_a_split_adapter_is_refused(file: Path) -> None:
+    write(file, pair(), keys={"split.count": (3, GGUFValueType.UINT16)})
+    assert "split.count: found 3, expected 1; it is one part of an adapter" in str(refusal(file))
+    write(file, pair(), keys={"split.count": (1, GGUFValueType.UINT16)})
+    assert load(file).num_adapters() == 1
+
+
 def test_metadata_names_and_source_are_kept(tmp_path: Path) -> None:
     keys = {"adapter.lora.task_name": ("Erzähl", GGUFValueType.STRING), "x.list": ([1, 2], GGUFValueType.ARRAY)}
     path = write(tmp_path / "my.adapter", pair(), keys=keys)

@@ -130,6 +130,10 @@ def test_a_folder_inside_is_named_as_the_folder(cache: Path, tmp_path: Path) -> 
     ]
 
 
+def test_the_only_adapter_of_a_repository_is_found_in_its_folder(cache: Path, tmp_path: Path) -> None:
+    assert answers(cache, tmp_path, "acme/many@old") == [["style", [[5.0]]]]
+
+
 def test_a_repository_of_several_adapters_lists_them(cache: Path, tmp_path: Path) -> None:
     [(kind, text)] = answers(cache, tmp_path, "acme/many")
     assert kind == "FormatError"

@@ -498,7 +498,7 @@ def test_a_value_without_meaning_is_refused_with_what_it_is(plain: Path, fields:
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"r": NaN}', '"LORA"', "\x00", '{"r": 1' + "0" * 400 + "}"])
 def test_a_config_that_is_no_json_object_is_refused(plain: Path, text: str) -> None:
     (plain / "adapter_config.json").write_text(text)
-    with pytest.raises(FormatError, match=r"adapter_config\.json: it is no JSON"):
+    with pytest.raises(FormatError, match=r"adapter_config\.json: it is (no JSON|empty)"):
         load(plain)
 
 
@@ -644,7 +644,7 @@ def test_two_tensors_for_one_place_are_refused(
     plain: Path, fields: dict[str, Any], tensors: dict[str, tuple[int, ...]], said: str
 ) -> None:
     edit(plain, **fields)
-    retensor(plain, {B + key: torch.ones(shape) for key, shape in tensors.items()})
+    retensor(plain, {B + key: torch.full(shape, float(n)) for n, (key, shape) in enumerate(tensors.items())})
     with pytest.raises(FormatError) as caught:
         load(plain)
     assert said in str(caught.value)

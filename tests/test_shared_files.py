@@ -91,7 +91,7 @@ PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "derived_adapter
 
 WHOLE_MODEL = ("found None, expected 'adapter'", "whole model, give it as the base")
 NOT_THIS = ("no safetensors file",)
-PICKLE = ("a pickle or a zip archive", "adapter_model.bin")
+NUMPY = ("a NumPy archive",)
 REFUSED = {
     "gguf_cases/bad_type.gguf": ("general.type", "found 'model', expected 'adapter'"),
     "gguf_cases/bad_atype.gguf": ("adapter.type", "found 'loha', expected 'lora'"),
@@ -115,10 +115,10 @@ REFUSED = {
     "stories260k/base/tokenizer_config.json": NOT_THIS,
     "stories260k/logits_llama_cpp.json": NOT_THIS,
     "stories260k/logits_peft.json": NOT_THIS,
-    "stories260k/logits_llama_cpp.npz": PICKLE,
-    "stories260k/logits_peft.npz": PICKLE,
+    "stories260k/logits_llama_cpp.npz": NUMPY,
+    "stories260k/logits_peft.npz": NUMPY,
     "gguf_cases/logits_llama_cpp.json": NOT_THIS,
-    "gguf_cases/logits_llama_cpp.npz": PICKLE,
+    "gguf_cases/logits_llama_cpp.npz": NUMPY,
     "README.md": NOT_THIS,
     "other/mlx-dpo-test": ("MLX",),
     "other/mlx-dpo-test/adapter_config.json": ("MLX",),
@@ -141,8 +141,8 @@ REFUSED = {
     },
     "refuse/peftreg-ia3_mlp/derived_base_seed0.safetensors": ("no LoRA adapter: 4 tensors", "lin0.bias"),
     "refuse/peftreg-ia3_mlp/derived_io.safetensors": ("no LoRA adapter: 2 tensors", "input"),
-    "refuse/peftreg-ia3_mlp/output.pt": PICKLE,
-    "refuse/peftreg-adalora_mlp/output.pt": PICKLE,
+    "refuse/peftreg-ia3_mlp/output.pt": ("peft_type is 'IA3'",),
+    "refuse/peftreg-adalora_mlp/output.pt": ("peft_type is 'ADALORA'",),
     **{
         f"peft/peftreg-{case}/{file}": words
         for case, bases in (
@@ -154,7 +154,7 @@ REFUSED = {
         for file, words in (
             ("derived_base_seed0.safetensors", (f"no LoRA adapter: {bases} tensors",)),
             ("derived_io.safetensors", ("no LoRA adapter: 2 tensors", "input, expected")),
-            ("output.pt", PICKLE),
+            ("output.pt", ("no state dict of tensors",)),
         )
     },
     # Folders of several things.

@@ -65,6 +65,10 @@ class MissingDependencyError(LoraStackError, ImportError):
     """An optional package is needed; the message gives the ``pip install`` line."""
 
 
+class LoraStackWarning(UserWarning):
+    """Something is as asked for, and yet not all that the caller may think it is."""
+
+
 class Problems:
     """Collects problems while a file or a request is checked, so that one error can list them all.
 

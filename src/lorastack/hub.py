@@ -9,10 +9,12 @@ from lorastack.errors import FormatError
 
 #: owner/name, then a folder inside, then a revision.
 _HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)((?:/[\w][\w.-]*)*)(?:@([\w][\w./-]*))?")
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "*.gguf", "config.json")
+_CONFIG = "adapter_config.json"
+#: With shards and their index.
+ADAPTER_FILES = (_CONFIG, "adapter_model*", "*.gguf", "config.json")
 
 
-def resolve(given: str, subfolder: str | None = None, patterns: tuple[str, ...] = _ADAPTER_FILES) -> Path:
+def resolve(given: str, subfolder: str | None = None, patterns: tuple[str, ...] = ADAPTER_FILES) -> Path:
     """The file or folder that ``given`` names; a hub id is fetched, or found in the cache when offline.
 
     Raises
@@ -29,7 +31,18 @@ def resolve(given: str, subfolder: str | None = None, patterns: tuple[str, ...] 
     repository, inner, revision = match.groups()
     inner = "/".join(part for part in (inner.strip("/"), subfolder) if part)
     folder = _snapshot(given, repository, revision, [f"{inner}/{p}" if inner else p for p in patterns])
+    if not inner and _CONFIG in patterns and (inner := _lone_subfolder(folder)):
+        folder = _snapshot(given, repository, revision, [f"{inner}/{p}" for p in patterns])
+        return _inside(folder, inner)
     return _inside(folder, inner) if inner else folder
+
+
+def _lone_subfolder(folder: Path) -> str | None:
+    """The only folder of a snapshot that holds an adapter, where the snapshot itself is none."""
+    if (folder / _CONFIG).exists() or any(folder.glob("*.gguf")):
+        return None
+    inside = [path.parent for path in folder.glob("*/**/" + _CONFIG)]
+    return inside[0].relative_to(folder).as_posix() if len(inside) == 1 else None
 
 
 def _inside(folder: Path, subfolder: str) -> Path:
@@ -44,9 +57,7 @@ def _snapshot(given: str, repository: str, revision: str | None, patterns: list[
     import huggingface_hub as hub
 
     try:
-        return Path(
-            hub.snapshot_download(repository, revision=revision, allow_patterns=[*patterns, "*/adapter_config.json"])
-        )
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=[*patterns, f"*/{_CONFIG}"]))
     except Exception as error:  # the client raises its own errors, and those of its HTTP library
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise FormatError(

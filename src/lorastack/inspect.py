@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from lorastack.base.fit import misfits
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.dtypes import nonfinite_count
 from lorastack.core.extras import HARMLESS, KINDS
+from lorastack.formats.peft import NOTES_KEY
 
 #: adapter_config.json fields that most adapters leave at these values; others are worth a word.
 _USUAL = {
@@ -77,7 +77,7 @@ def inspect(lora: LoadedLora, base: BaseModel | None = None) -> Inspection:
         scalings=sorted({round(delta.scaling, 9) for delta in deltas.values()}),
         dtypes=sorted({factor.stored for factor in factors}),
         parameters=sum(math.prod(factor.shape) for factor in factors),
-        size=_size(lora.source),
+        size=sum(file.stat().st_size for file in lora.files) if lora.files else None,
         extras={kind: len(values) for kind, values in lora.extras.items()},
         odd=_odd(lora),
         misfits=None if base is None else misfits(lora, base),
@@ -85,16 +85,8 @@ def inspect(lora: LoadedLora, base: BaseModel | None = None) -> Inspection:
     )
 
 
-def _size(source: Path | None) -> int | None:
-    if source is None:
-        return None
-    if source.is_file():
-        return source.stat().st_size
-    return sum(file.stat().st_size for file in source.glob("adapter_*") if file.is_file())
-
-
 def _odd(lora: LoadedLora) -> list[str]:
-    found = []
+    found = list(lora.metadata.get(NOTES_KEY, ()))
     for field, usual in _USUAL.items():
         value = lora.metadata.get(field)
         if value not in usual:

@@ -9,12 +9,12 @@ from typing import Any
 
 import gguf
 import numpy as np
-import orjson
 
 from lorastack.base.live_view import live_view
 from lorastack.base.model import BaseModel, Stored
 from lorastack.errors import FormatError, Problems, UnsupportedError
 from lorastack.formats.gguf import open_reader
+from lorastack.formats.json_object import read_object
 from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
 from lorastack.hub import resolve
 
@@ -62,12 +62,7 @@ def _dequantised(tensor: gguf.ReaderTensor, given: str) -> np.ndarray:
 
 
 def _from_folder(folder: Path, given: str) -> BaseModel:
-    try:
-        config = orjson.loads((folder / "config.json").read_bytes())
-    except ValueError as error:
-        raise FormatError(f"base {given}: its config.json is no JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"base {given}: its config.json is no JSON object")
+    config = read_object(folder / "config.json")
     shapes: dict[str, tuple[int, ...]] = {}
     stored: dict[str, Stored] = {}
     packed = bool(config.get("quantization_config"))
@@ -111,11 +106,7 @@ def _check_index(folder: Path, given: str, shapes: Mapping[str, Any]) -> None:
 
 
 def _weight_map(index: Path, given: str) -> dict[str, str]:
-    try:
-        said = orjson.loads(index.read_bytes())
-        found = {str(name): str(file) for name, file in said["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(
-            f"base {given}: its {index.name} has no weight_map of names with files ({error!r})"
-        ) from error
+    found = read_object(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise FormatError(f"base {given}: its {index.name} has no weight_map of names with files; fetch it again")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated
 
 import orjson
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from lorastack.base import open_base
 from lorastack.cli.options import Base, Ignore, Rename, parse_renames
-from lorastack.errors import LoraStackError
+from lorastack.errors import LoraStackError, LoraStackWarning
 from lorastack.formats import load
 from lorastack.inspect import Inspection, inspect
 
@@ -41,9 +42,10 @@ def inspect_command(
     failed: list[str] = []
     for path in adapters:
         try:
-            found.append(
-                inspect(load(path, allow_nonfinite=True, ignore=ignore or (), rename=parse_renames(rename)), model)
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", LoraStackWarning)  # what it would say is among what is odd
+                lora = load(path, allow_nonfinite=True, ignore=ignore or (), rename=parse_renames(rename))
+                found.append(inspect(lora, model))
         except LoraStackError as error:
             failed.append(str(error))
     if as_json:

@@ -20,7 +20,10 @@ Adapters = Annotated[
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the adapters through.")]
 Ignore = Annotated[
     list[str] | None,
-    typer.Option(metavar="FIELD", help="A field of adapter_config.json to leave out of account; may be repeated."),
+    typer.Option(
+        metavar="FIELD",
+        help="A field of adapter_config.json, or a file beside the adapter, to leave out of account; may be repeated.",
+    ),
 ]
 Rename = Annotated[
     list[str] | None,

@@ -97,6 +97,8 @@ class LoadedLora:
         Whose names they are: ``"gguf"``, ``"hf"`` or ``"own"``.
     source
         Where it was loaded from; None for one made in memory.
+    files
+        Every file that was read for it.
     """
 
     name: str
@@ -106,6 +108,7 @@ class LoadedLora:
     naming: Naming = "own"
     source: Path | None = None
     file_alpha: float | None = None
+    files: tuple[Path, ...] = ()
     #: What views changed since it was loaded, for the provenance of what is made of it.
     history: tuple[tuple[str, Any], ...] = ()
     #: The adapters a baked one was made of, with their scales.

@@ -12,13 +12,17 @@ from typing import Any
 from lorastack.core.adapter import LoadedLora
 from lorastack.errors import ArgumentError, FormatError
 from lorastack.files import whole_output
-from lorastack.formats import gguf, peft
+from lorastack.formats import companions, gguf, peft
 from lorastack.formats.gguf_save import save_gguf
+from lorastack.formats.heads import is_gguf, is_safetensors, read_head
+from lorastack.formats.others import describe, is_peft
 from lorastack.formats.peft_config import CONFIG_NAME, read_config
+from lorastack.formats.peft_files import stands_for_folder
 from lorastack.formats.peft_save import save_peft
 from lorastack.formats.provenance import Provenance
 from lorastack.formats.safetensors_file import SafetensorsFile
-from lorastack.hub import resolve
+from lorastack.formats.shards import refuse_part
+from lorastack.hub import ADAPTER_FILES, resolve
 
 
 def load(
@@ -44,7 +48,8 @@ def load(
     allow_nonfinite
         Let NaN and Inf in factors through.
     ignore
-        Fields of adapter_config.json to leave out of account.
+        Fields of adapter_config.json, and files beside the adapter with more of what was trained, to leave out of
+        account.
     subfolder
         The folder inside the repository or folder that holds the adapter.
     rename
@@ -57,7 +62,7 @@ def load(
         Listing everything that is wrong with the file.
     """
     given = os.fspath(path)
-    where = resolve(given, subfolder)
+    where = resolve(given, subfolder, (*ADAPTER_FILES, *companions.KNOWN))
     if name is None and where.parts[-2:-1] == ("snapshots",):
         name = given.partition("@")[0].rpartition("/")[2]  # the cache names a snapshot's folder by its hash
     load_it = _load_folder if where.is_dir() else _load_file
@@ -117,60 +122,56 @@ def save(
     return path
 
 
+def _adapters_below(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("*/**/" + CONFIG_NAME))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in (".gguf", ".safetensors") and path.is_file())
+
+
+def _lone_file(folder: Path) -> Path | None:
+    """The adapter's only file, in a folder that is no whole model."""
+    files = _weight_files(folder)
+    return files[0] if len(files) == 1 and not (folder / "config.json").exists() else None
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() and bool(_weight_files(folder) or list(folder.glob("pytorch_model*.bin")))
+
+
 def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:
     if (folder / CONFIG_NAME).is_file():
         return peft.load(folder, _peft_config(folder), name, allow_nonfinite, ignore)
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".gguf", ".safetensors") and p.is_file())
-    if len(files) == 1 and not (folder / "config.json").exists():
-        return _load_file(files[0], name, allow_nonfinite, ignore)
-    inside = sorted(p.parent for p in folder.glob("*/**/" + CONFIG_NAME))[:50]
+    if file := _lone_file(folder):
+        return _load_file(file, name, allow_nonfinite, ignore)
+    inside = _adapters_below(folder)
+    if len(inside) == 1 and not _is_model(folder):
+        return _load_folder(inside[0], name, allow_nonfinite, ignore)
     if inside:
-        raise FormatError(
-            f"{folder}: it holds several adapters; load one of them",
-            [str(p) for p in inside],
-        )
+        held = "several adapters" if len(inside) > 1 else "a whole model, and an adapter below it"
+        raise FormatError(f"{folder}: it holds {held}; load one of them", [str(path) for path in inside[:50]])
     if (folder / "config.json").exists():
         raise FormatError(f"{folder}: it is a whole model (config.json, no {CONFIG_NAME}); give it as the base")
+    files = _weight_files(folder)
     listing = [str(p) for p in files] or ["no .gguf or .safetensors file there either"]
     raise FormatError(f"{folder}: it has no {CONFIG_NAME}; name one file, or a folder saved by PEFT", listing)
 
 
 def _load_file(path: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:
-    with path.open("rb") as file:
-        head = file.read(64)
-    if head[:4] == b"GGUF":
+    head = read_head(path)
+    if is_gguf(head):
         return gguf.load(path, name, allow_nonfinite)
-    if path.name in (CONFIG_NAME, peft.WEIGHTS, peft.OLD_WEIGHTS) and (path.parent / CONFIG_NAME).is_file():
-        return _load_folder(path.parent, name, allow_nonfinite, ignore)
-    if head.startswith(b"version https://git-lfs"):
-        raise FormatError(f"{path}: it is a Git LFS pointer, not the file itself; run: git lfs pull")
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        raise FormatError(
-            f"{path}: it is a pickle or a zip archive; only {peft.OLD_WEIGHTS} beside its {CONFIG_NAME} is read"
-        )
-    if not head:
-        raise FormatError(f"{path}: it is empty; fetch it again")
-    weights = SafetensorsFile(path)
-    if any(key.startswith(peft.PREFIX) for key in weights.tensors) and (path.parent / CONFIG_NAME).is_file():
-        return peft.load(
-            path.parent, _peft_config(path.parent), name or path.stem, allow_nonfinite, ignore, weights=path
-        )
-    raise FormatError(f"{path}: it is {_describe(list(weights.tensors))}")
-
-
-def _describe(keys: list[str]) -> str:
-    """Which kind of safetensors file has these keys, and the way out; none of them is read yet."""
-    if any(key.endswith(("lora_A.weight", "lora_embedding_A")) for key in keys):
-        return f"PEFT weights without their {CONFIG_NAME}, which holds the scaling; put it beside them"
-    if any(":up" in key or ":down" in key for key in keys):
-        return "a cloneofsimo adapter, keyed by position in one version of the model; convert it to PEFT or kohya"
-    if any(".lora_down." in key or key.startswith(("lora_unet_", "lora_te")) for key in keys):
-        return "a kohya adapter, which is not read yet; convert it to PEFT"
-    if any("_lora.down" in key or "lora_linear_layer" in key for key in keys):
-        return "an old diffusers adapter, which is not read yet; convert it to PEFT"
-    if any(key.endswith(".lora_a") for key in keys):
-        return "an MLX adapter, which is not read yet; convert it to PEFT"
-    return f"no LoRA adapter: {len(keys)} tensors such as {', '.join(keys[:3]) or 'none'}"
+    refuse_part(path)
+    folder = path.parent
+    if not (folder / CONFIG_NAME).is_file():
+        weights = SafetensorsFile(path)
+        raise FormatError(f"{path}: it is {describe(weights.tensors, weights.metadata)}")
+    if stands_for_folder(path):
+        return _load_folder(folder, name, allow_nonfinite, ignore)
+    if is_safetensors(head) and not is_peft(names := SafetensorsFile(path).tensors):
+        raise FormatError(f"{path}: it is {describe(names)}")
+    return peft.load(folder, _peft_config(folder), name or path.stem, allow_nonfinite, ignore, weights=path)
 
 
 def _peft_config(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lorastack.core.dtypes import FLOAT32_MAX
 from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, Problems, shown
 from lorastack.formats.gguf_header import check_header
+from lorastack.formats.heads import is_gguf, unreadable
 
 _PLAIN = frozenset({Q.F32, Q.F16, Q.F64})
 _READABLE = _PLAIN | frozenset(gguf.quants._type_traits)
@@ -31,6 +32,8 @@ def load(path: Path, name: str | None = None, allow_nonfinite: bool = False) -> 
 def open_reader(path: Path, max_elements: int | None = None) -> gguf.GGUFReader:
     """A ``GGUFReader`` on a file whose header was checked first."""
     with path.open("rb") as file:
+        if not is_gguf(file.read(4)):
+            raise unreadable(path, "GGUF", "no GGUF file: it does not begin with that word; fetch it again")
         if path.stat().st_size < 24:
             raise FormatError(f"{path}: {path.stat().st_size} bytes are too few for a GGUF file; it is cut short")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
@@ -84,6 +87,7 @@ def _adapter(reader: gguf.GGUFReader, path: Path | None, name: str, allow_nonfin
         metadata=MappingProxyType(metadata),
         naming="gguf",
         source=path,
+        files=(path,) if path else (),
         file_alpha=alpha,
     )
 
@@ -98,6 +102,12 @@ def _check_identity(metadata: dict[str, Any], problems: Problems) -> None:
         problems.add(f"key general.type: found {kind!r}, expected 'adapter'; convert it with convert_lora_to_gguf.py")
     if metadata.get("adapter.type") != "lora" and kind == "adapter":
         problems.add(f"key adapter.type: found {metadata.get('adapter.type')!r}, expected 'lora'; only LoRA is read")
+    count = metadata.get("split.count", 1)
+    if isinstance(count, int) and count > 1:
+        problems.add(
+            f"key split.count: found {count}, expected 1; it is one part of an adapter, join the parts with "
+            "llama-gguf-split"
+        )
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         problems.add(f"key general.architecture: found {architecture!r}, expected the base's, such as 'llama'")

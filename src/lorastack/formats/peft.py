@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from types import MappingProxyType
@@ -14,18 +14,20 @@ import numpy as np
 from lorastack.core.adapter import LazyDeltas, LoadedLora
 from lorastack.core.delta import Kind, LoraDelta, misfit
 from lorastack.core.factor import Factor
-from lorastack.errors import FormatError, Problems, shown
+from lorastack.errors import FormatError, LoraStackWarning, Problems
+from lorastack.formats.companions import companions
 from lorastack.formats.peft_config import CONFIG_NAME, PeftConfig, parse_config
-from lorastack.formats.safetensors_file import FLOATS, Info, SafetensorsFile
-from lorastack.formats.torch_bin import TorchBin
+from lorastack.formats.peft_extras import ExtraSorter, frozen, refuse, refuse_empty
+from lorastack.formats.peft_files import open_folder, open_weights
+from lorastack.formats.peft_keys import PREFIX, may_be_wrapped, plain_keys, split
+from lorastack.formats.safetensors_file import FLOATS, Info
+from lorastack.formats.tensors import Renamed, Tensors
+from lorastack.ways import ignoring, ways
 
-PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
 #: Where a file of ours keeps what it was made of, in the weights' own metadata: PEFT warns of fields it does not know.
 RECIPE_KEY = "lorastack.recipe"
-OLD_WEIGHTS = "adapter_model.bin"
-
-Tensors = SafetensorsFile | TorchBin
+#: Where an adapter's metadata keeps what was done to read its file, for `lorastack.inspect`.
+NOTES_KEY = "lorastack.notes"
 
 
 def load(
@@ -38,8 +40,8 @@ def load(
 ) -> LoadedLora:
     """Open a PEFT folder: config and header are checked, the factors stay in the mapped file.
 
-    ``raw`` is the content of its adapter_config.json; ``weights`` names the safetensors file when it is
-    not the usual one.
+    ``raw`` is the content of its adapter_config.json; ``weights`` names the file of weights when it is not the
+    usual one.
     """
     label = str(folder / CONFIG_NAME)
     problems = Problems(f"cannot load {folder}")
@@ -47,55 +49,68 @@ def load(
     if config is None:
         problems.raise_any(FormatError)
     assert config is not None
-    tensors = SafetensorsFile(weights) if weights else _open_tensors(folder)
+    tensors = open_weights(weights) if weights else open_folder(folder)
     sorter = _Sorter(tensors, config, allow_nonfinite, problems)
     sorter.sort()
     problems.raise_any(FormatError)
     if recipe := tensors.metadata.get(RECIPE_KEY):
         raw = {**raw, RECIPE_KEY: recipe}
+    files = (folder / CONFIG_NAME, *tensors.files)
+    notes = (*sorter.tensors.notes, *sorter.notes, *_unread(folder, files, ignore))
+    if notes:
+        raw = {**raw, NOTES_KEY: notes}
     return LoadedLora(
         name=name or os.path.basename(os.path.abspath(folder)),
         adapters=LazyDeltas(sorter.how, sorter.build),
-        extras=MappingProxyType(sorter.extras),
+        extras=MappingProxyType(sorter.extras.found),
         metadata=MappingProxyType(raw),
         naming="hf",
         source=folder,
+        files=files,
         file_alpha=config.alpha,
     )
 
 
-def _open_tensors(folder: Path) -> Tensors:
-    if (path := folder / WEIGHTS).is_file():
-        return SafetensorsFile(path)
-    if (path := folder / OLD_WEIGHTS).is_file():
-        return TorchBin(path)
-    raise FormatError(f"{folder}: it has {CONFIG_NAME}, but neither {WEIGHTS} nor {OLD_WEIGHTS}; fetch it whole")
-
-
-#: Ending of a key -> which part of a module's adapter it is.
-_PARTS = {
-    ".lora_A.weight": "a",
-    ".lora_B.weight": "b",
-    ".lora_embedding_A": "embedding_a",
-    ".lora_embedding_B": "embedding_b",
-    ".lora_B.bias": "lora_bias",
-    ".lora_magnitude_vector": "dora",
-    ".lora_magnitude_vector.weight": "dora",
-    ".token_adapter.trainable_tokens_delta": "new_tokens",
-}
+def _unread(folder: Path, files: Collection[Path], ignore: Collection[str]) -> list[str]:
+    """Say in a warning which files beside the adapter hold more of what was trained."""
+    unread = {name: said for name, said in companions(folder, files).items() if name not in ignore}
+    for name, said in unread.items():
+        warnings.warn(
+            f"{folder}: {said}; the adapter alone may not do what was trained"
+            + ways("load that file yourself", ignoring(name, "if it does without")),
+            LoraStackWarning,
+            stacklevel=4,
+        )
+    return list(unread.values())
 
 
 class _Sorter:
-    """Sorts a file's keys into updates (``how``: weight name -> how to build it) and ``extras``."""
+    """Sorts a file's keys into updates (``how``: weight name -> how to build it) and extras."""
 
     def __init__(self, tensors: Tensors, config: PeftConfig, allow_nonfinite: bool, problems: Problems) -> None:
         self.tensors, self.config, self.allow, self.problems = tensors, config, allow_nonfinite, problems
         self.how: dict[str, tuple[str, str, float, Kind, int]] = {}
-        self.extras: dict[str, dict[str, Any]] = {}
+        self.extras = ExtraSorter(tensors, config, self.how, allow_nonfinite, problems)
+        self.notes: tuple[str, ...] = ()
 
     def sort(self) -> None:
+        rest = self._sort_plain()
+        if rest or may_be_wrapped(self.how):
+            keys = plain_keys(self.tensors.tensors, self.tensors.path, self.problems)
+            if keys:
+                self.tensors = self.extras.tensors = Renamed(self.tensors, keys.stored, keys.notes)
+                self.how.clear()
+                rest = self._sort_plain()
+        if rest:
+            self._sort_rest(rest)
+        self.extras.check()
+        if not self.how and not self.problems:
+            self.problems.add(f"{self.tensors.path}: it has no lora_A/lora_B tensors, so it would change nothing")
+
+    def _sort_plain(self) -> list[str]:
+        """Sort what nearly every key is; returns the keys that are something else, or not as expected."""
         rest: list[str] = []
-        b_keys = 0
+        b_keys: list[str] = []
         tensors, how = self.tensors.tensors, self.how
         config = self.config
         rank, scaling = config.rank, config.scaling_of("")
@@ -105,7 +120,7 @@ class _Sorter:
         for key, (dtype, shape, _, _) in tensors.items():
             ending = key[-14:]
             if ending == ".lora_B.weight":
-                b_keys += 1
+                b_keys.append(key)
                 continue
             if plain and ending == ".lora_A.weight" and key[:17] == PREFIX and len(shape) == 2:
                 key_b = key[:-13] + "lora_B.weight"
@@ -121,31 +136,37 @@ class _Sorter:
                     how[key[17:-13] + "weight"] = (key, key_b, scaling, "linear", rank)
                     continue
             rest.append(key)
-        if rest or b_keys != len(how):
-            self._sort_rest(rest)
-        self._check_extras()
-        if not how and not self.problems:
-            self.problems.add(f"{self.tensors.path}: it has no lora_A/lora_B tensors, so it would change nothing")
+        if rest or len(b_keys) != len(how):
+            paired = {one[1] for one in how.values()}
+            rest += [key for key in b_keys if key not in paired]
+        return rest
 
     def _sort_rest(self, rest: list[str]) -> None:
-        """What the fast loop left: unusual modules, extras, halves without the other, foreign tensors."""
-        paired = {one[1] for one in self.how.values()}
-        rest += [key for key in self.tensors.tensors if key.endswith(".lora_B.weight") and key not in paired]
+        """Sort unusual modules and extras; note halves without the other, and foreign tensors."""
         parts: dict[str, dict[str, str]] = {"a": {}, "b": {}, "embedding_a": {}, "embedding_b": {}}
         others: list[tuple[str, str]] = []
         for key in rest:
             if not key.startswith(PREFIX):
-                self._refuse(key)
+                refuse(key, self.tensors, self.problems)
                 continue
-            part, module = _split(key[17:])
+            part, module = split(key[17:])
             if part in parts:
                 parts[part][module] = key
             else:
                 others.append((key, part))
         self._pair(parts["a"], parts["b"], ("lora_A", "lora_B"), embedding=False)
         self._pair(parts["embedding_a"], parts["embedding_b"], ("lora_embedding_A", "lora_embedding_B"), embedding=True)
+        left_out = self._left_out([key for key, _ in others])
         for key, part in others:
-            self._extra(key, part)
+            if key not in left_out:
+                self.extras.take(key, part)
+
+    def _left_out(self, keys: list[str]) -> set[str]:
+        """The keys of the base's own tensors, which are not part of the adapter."""
+        left_out = frozen(keys, {split(one[0][17:])[1] for one in self.how.values()}, self.config)
+        if left_out:
+            self.notes = (f"{len(left_out)} tensors of the base itself are left out, such as {left_out[0][17:]}",)
+        return set(left_out)
 
     def build(self, _: str, how: tuple[str, str, float, Kind, int]) -> LoraDelta:
         key_a, key_b, scaling, kind, rank = how
@@ -164,6 +185,11 @@ class _Sorter:
             if key_b is None:
                 continue
             (dtype_a, shape_a, *_), (dtype_b, shape_b, *_) = self.tensors.tensors[key_a], self.tensors.tensors[key_b]
+            empty = [key for key, shape in ((key_a, shape_a), (key_b, shape_b)) if 0 in shape]
+            for key in empty:
+                refuse_empty(key, self.tensors, self.problems)
+            if empty:
+                continue
             for key, dtype in ((key_a, dtype_a), (key_b, dtype_b)):
                 if dtype not in FLOATS:
                     self.problems.add(f"{where}: tensor {key} is {dtype}, expected a float type")
@@ -233,87 +259,6 @@ class _Sorter:
             self.problems.add(f"{self.tensors.path}: module {module}: more factors than target_parameters {wanted}")
             return None
         return f"{holder}.{wanted[len(wanted) - 1 - depth]}"
-
-    def _extra(self, key: str, part: str) -> None:
-        module = _split(key[17:])[1]
-        weight = module + ".weight"
-        factor = self._float_factor(key)
-        if factor is None:
-            return
-        if part in ("dora", "lora_bias"):
-            self._keep(part, weight, factor, key)
-        elif part == "new_tokens":
-            self._keep(part, weight, (self._token_ids(module, factor.shape), factor), key)
-        elif "lora_" in key or "token_adapter" in key:
-            self._refuse(key)
-        else:
-            kind, own = self._saved_kind(key[17:])
-            self._keep(kind, own, factor, key)
-
-    def _keep(self, kind: str, name: str, value: Any, key: str) -> None:
-        kept = self.extras.setdefault(kind, {})
-        if name in kept:
-            self.problems.add(f"{self.tensors.path}: tensor {key} is a second {kind} of {name}")
-        kept[name] = value
-
-    def _float_factor(self, key: str) -> Factor | None:
-        dtype = self.tensors.tensors[key][0]
-        if dtype in FLOATS:
-            return self.tensors.factor(key, self.allow)
-        self.problems.add(f"{self.tensors.path}: tensor {key} is {dtype}, expected a float type")
-        return None
-
-    def _saved_kind(self, name: str) -> tuple[str, str]:
-        """Kind and the base's own key of a tensor that belongs to the base itself."""
-        own = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        if own.endswith(".bias") and self.config.raw.get("bias", "none") != "none":
-            return "bias", own
-        if ".base_layer." in name or own in self.how:
-            return "base_weight", own
-        return "modules_to_save", own
-
-    def _token_ids(self, module: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The token ids of the trained rows of one embedding."""
-        rows = shape[0] if len(shape) == 2 else -1
-        said = self.config.raw.get("trainable_token_indices")
-        if isinstance(said, dict):
-            said = next((ids for key, ids in said.items() if module == key or module.endswith("." + key)), None)
-        if not isinstance(said, list) or len(said) != rows or not all(type(i) is int and i >= 0 for i in said):
-            self.problems.add(
-                f"{self.tensors.path}: module {module} has trained token rows of shape {shape}, "
-                f"{CONFIG_NAME} names the tokens {shown(said)} (trainable_token_indices)"
-            )
-            return ()
-        return tuple(said)
-
-    def _check_extras(self) -> None:
-        raw, where = self.config.raw, self.tensors.path
-        for field, kind in (("use_dora", "dora"), ("lora_bias", "lora_bias")):
-            have, want = set(self.extras.get(kind, ())), set(self.how) if raw.get(field) else set()
-            for weight in sorted(want - have):
-                self.problems.add(f"{where}: {field} is set, but {weight} has no {kind}; save the adapter again")
-            for weight in sorted(have - want):
-                why = "has no lora_A and lora_B" if raw.get(field) else f"comes without {field} in {CONFIG_NAME}"
-                self.problems.add(f"{where}: the {kind} of {weight} {why}")
-            for weight in sorted(have & want):
-                shape, out = self.extras[kind][weight].shape, self.tensors.tensors[self.how[weight][1]][1][:1]
-                if out and math.prod(shape) != out[0]:
-                    self.problems.add(f"{where}: the {kind} of {weight} is {shape}, its lora_B has {out[0]} rows")
-        if raw.get("trainable_token_indices") and "new_tokens" not in self.extras:
-            self.problems.add(f"{where}: trainable_token_indices is set, but no trainable_tokens_delta is in the file")
-        if tokens := raw.get("alora_invocation_tokens"):
-            self.extras["alora"] = {"invocation_tokens": tuple(tokens) if isinstance(tokens, list) else tokens}
-
-    def _refuse(self, key: str) -> None:
-        self.problems.add(f"{self.tensors.path}: tensor {key} is no part of a PEFT LoRA adapter known here")
-
-
-def _split(name: str) -> tuple[str, str]:
-    """(part, module path) of a key without its prefix; part is ``""`` for the base's own tensors."""
-    for ending, part in _PARTS.items():
-        if name.endswith(ending):
-            return part, name[: -len(ending)]
-    return "", name.rpartition(".")[0]
 
 
 def _experts(a: Factor, b: Factor, rank: int) -> tuple[Factor, Factor]:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from lorastack.core.dtypes import FLOAT32_MAX
 from lorastack.errors import FormatError, Problems, shown
+from lorastack.formats.json_object import read_object
 from lorastack.ways import ignoring, ways
 
 CONFIG_NAME = "adapter_config.json"
@@ -24,7 +23,7 @@ _WITHOUT_EFFECT = frozenset(
     "peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode task_type target_modules "
     "exclude_modules lora_dropout layers_to_transform layers_pattern megatron_config megatron_core loftq_config "
     "eva_config corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying "
-    "base_model_class parent_library".split()
+    "base_model_class parent_library merge_weights".split()
 )
 #: Fields that this reader honours.
 _HONOURED = frozenset(
@@ -66,6 +65,12 @@ class PeftConfig:
         """The rank of one module, by its path."""
         return _first_hit(self.rank_pattern, module, self.rank)
 
+    def saves(self, name: str) -> bool:
+        """Whether the tensor ``name`` belongs to a module that ``modules_to_save`` names."""
+        modules = self.raw.get("modules_to_save")
+        named = modules if isinstance(modules, list) else []
+        return any(f".{module}." in f".{name}" for module in named if isinstance(module, str))
+
     def scaling_of(self, module: str) -> float:
         """alpha / rank of one module, alpha / √rank under rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
         rank = self.rank_of(module)
@@ -90,12 +95,7 @@ def _compiled(key: str) -> re.Pattern[str]:
 def read_config(folder: Path) -> dict[str, Any]:
     """The JSON object in the folder's adapter_config.json."""
     path = folder / CONFIG_NAME
-    try:
-        raw = orjson.loads(path.read_bytes())
-    except ValueError as error:
-        raise FormatError(f"{path}: it is no JSON ({error}); fetch it again") from error
-    if not isinstance(raw, dict):
-        raise FormatError(f"{path}: it is no JSON object; fetch it again")
+    raw = read_object(path)
     inside: list[Any] = [raw]
     for _ in range(MAX_NESTING):
         inside = [v for value in inside for v in (value.values() if isinstance(value, dict) else value)]
@@ -109,6 +109,12 @@ def parse_config(
     raw: dict[str, Any], label: str, problems: Problems, ignore: Collection[str] = ()
 ) -> PeftConfig | None:
     """Check every field; adds what is wrong to ``problems`` and returns None when the rest has no meaning."""
+    if isinstance(enabled := raw.get("enable_lora"), list) and enabled:  # not to be ignored: the factors are its own
+        problems.add(
+            f"{label}: enable_lora is {shown(enabled)}: it is an adapter of loralib's MergedLinear, as PEFT 0.1 and "
+            "0.2 made for fused projections, which is not read; train it again with a later PEFT"
+        )
+        return None
     raw = {key: value for key, value in raw.items() if key not in ignore} if ignore else raw
     kind = raw.get("peft_type")
     if kind != "LORA":

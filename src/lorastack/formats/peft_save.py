@@ -17,8 +17,10 @@ from lorastack.core.delta import LoraDelta
 from lorastack.core.extras import KINDS
 from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, Problems
-from lorastack.formats.peft import PREFIX, RECIPE_KEY, WEIGHTS
+from lorastack.formats.peft import RECIPE_KEY
 from lorastack.formats.peft_config import CONFIG_NAME
+from lorastack.formats.peft_files import WEIGHTS
+from lorastack.formats.peft_keys import PREFIX
 from lorastack.formats.safetensors_save import Entry, write_safetensors
 from lorastack.ways import CONVERT, drop_extras, ways
 

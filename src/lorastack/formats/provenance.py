@@ -69,18 +69,7 @@ class Provenance:
 
 def hashes(lora: LoadedLora) -> dict[str, str]:
     """File name -> sha256 of every file the adapter was loaded from."""
-    if lora.source is None:
-        return {}
-    files = _files(lora.source)
-    return {file.name: _sha256(file) for file in files}
-
-
-def _files(source: Path) -> Iterator[Path]:
-    if source.is_file():
-        yield source
-        return
-    names = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-    yield from (file for name in names if (file := source / name).is_file())
+    return {file.name: _sha256(file) for file in lora.files}
 
 
 def _sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ import orjson
 
 from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, Problems, shown
+from lorastack.formats.heads import unreadable
 
 MAX_HEADER = 100_000_000
 #: What every NumPy can hold.
@@ -41,14 +42,17 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.files = path, (path,)
+        self.notes: tuple[str, ...] = ()
         with path.open("rb") as file:
             size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 10 or length > min(size - 8, MAX_HEADER):
-                raise FormatError(
-                    f"{path}: it says its header has {length} bytes, the file has {size}; "
-                    "it is no safetensors file, or cut short: fetch it again"
+                raise unreadable(
+                    path,
+                    "safetensors",
+                    f"no safetensors file, or cut short: it says its header has {length} bytes, the file has {size}; "
+                    "fetch it again",
                 )
             raw = file.read(length)
         self._start = 8 + length
@@ -101,7 +105,8 @@ def _parse(raw: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         header = orjson.loads(raw)
     except ValueError as error:
-        raise FormatError(f"{path}: its header is no JSON ({error}); it is damaged or no safetensors file") from error
+        why = f"damaged or no safetensors file: its header is no JSON ({error})"
+        raise unreadable(path, "safetensors", why) from error
     if not isinstance(header, dict):
         raise FormatError(f"{path}: its header is no JSON object; it is no safetensors file")
     quotes = 2 if "__metadata__" in header else 0

@@ -1,7 +1,11 @@
-"""Old PEFT adapters, ``adapter_model.bin``: a pickle, which only ``torch.load(weights_only=True)`` may touch."""
+"""Weights that torch.save wrote (adapter_model.bin): a pickle, which only ``torch.load(weights_only=True)`` may touch.
+
+What torch says of a file it refuses is not passed on: it advises to run the code in it.
+"""
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,11 @@ import numpy as np
 
 from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, require
+from lorastack.formats.heads import refuse_foreign
 from lorastack.formats.safetensors_file import Info
 
+#: Where training programs keep the state dict inside what they save: Lightning, DeepSpeed, training loops of one's own.
+_NESTED = ("state_dict", "module", "model_state_dict", "model")
 _STORED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -27,9 +34,11 @@ class TorchBin:
     """
 
     def __init__(self, path: Path) -> None:
+        refuse_foreign(path, "torch")
         torch: Any = require("torch", "torch")
-        self.path = path
+        self.path, self.files = path, (path,)
         self.metadata: dict[str, str] = {}
+        self.notes: tuple[str, ...] = ()
         size = path.stat().st_size
         try:
             if zipfile.is_zipfile(path):  # torch stores its parts as they are, but would unpack others
@@ -39,8 +48,8 @@ class TorchBin:
         except FormatError:
             raise
         except Exception as error:  # torch raises whatever its unpickler meets
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise FormatError(f"{path}: torch.load(weights_only=True) refuses it: {first}") from error
+            raise FormatError(f"{path}: torch.load(weights_only=True) refuses it: {_why(str(error))}") from None
+        state = self._unnested(state)
         if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
             raise FormatError(f"{path}: it holds no state dict of tensors; save the adapter again with PEFT")
         # A tensor is a view of its storage, which its strides may repeat without end.
@@ -51,8 +60,29 @@ class TorchBin:
             for name, array in self._arrays.items()
         }
 
+    def _unnested(self, state: Any) -> Any:
+        """The state dict inside what a training program saved with it."""
+        while isinstance(state, dict):
+            inner = [key for key in _NESTED if isinstance(state.get(key), dict)]
+            if len(inner) != 1:
+                break
+            self.notes = (*self.notes, f"the weights were saved under {inner[0]!r}; read from there")
+            state = state[inner[0]]
+        return state
+
     def factor(self, name: str, allow_nonfinite: bool = False) -> Factor:
         return Factor.of(self._arrays[name], f"{self.path}: tensor {name}", allow_nonfinite)
+
+
+def _why(said: str) -> str:
+    """What a file is that torch refuses, by the name of what it asks for."""
+    asked = re.search(r"GLOBAL ([\w.]+)", said)
+    if asked:
+        return (
+            f"it asks to run {asked[1]}, which is no part of a state dict of tensors, and is not run; "
+            "save the adapter again with PEFT, as safetensors"
+        )
+    return "it holds something else than a state dict of tensors, or is damaged or cut short; fetch or save it again"
 
 
 def _check_size(path: Path, needed: int, size: int) -> None:
