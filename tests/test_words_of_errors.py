@@ -91,6 +91,8 @@ PYTHON_ONLY = {
     "core/adapter.py": "the view as a LoraAdapter",
     "torch/attach.py": "attach()",
     "torch/handle.py": "rows()",
+    "torch/passes.py": "threads and rows()",
+    "torch/plan.py": "rows()",
     "torch/tune.py": "push_adapter() and score()",
     "recipe.py": "load(base=)",
 }

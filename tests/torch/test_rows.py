@@ -209,7 +209,7 @@ def test_unknown_names_and_wrong_batches_are_errors(setup) -> None:
         with pytest.raises(ArgumentError, match="expected 0 and 2 ascending ends"):
             enter(handle, [{}, {}], cu_seqlens=[0, 3])
         with (
-            pytest.raises(ShapeError, match="a layer got 10 tokens, which 3 rows do not share"),
+            pytest.raises(ShapeError, match="the batch has 2 rows, there are 3 mixtures; give one for each row"),
             handle.rows([{"a0": 1.0}] * 3),
         ):
             model(input_ids=tokens(2, 5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 import typer
@@ -13,6 +13,9 @@ from lorastack.cli.options import AllowNonfinite, DropExtras, Ignore, Rename, pa
 from lorastack.errors import ArgumentError, require
 from lorastack.mixture import parse_entry
 from lorastack.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lorastack.torch import Handle
 
 
 def run(
@@ -100,6 +103,7 @@ def run(
             typer.echo(asked[0][1], nl=False)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         generate(model, tokenizer, inputs, handle, streamer=streamer, **options)
+        _say_unused(handle)
         return
     mixtures = [mixture or {} for mixture, _ in asked] if rows else None
     for (mixture, text), more in zip(
@@ -109,6 +113,13 @@ def run(
             said = " ".join(f"{name}:{scale:g}" for name, scale in (mixture or {}).items()) or "base"
             typer.secho(f"[{said}]", bold=True)
         typer.echo(more.strip() if chat else text + more)
+    _say_unused(handle)
+
+
+def _say_unused(handle: Handle | None) -> None:
+    """Say at which weights the model was not changed: an adapter without effect would look like a weak one."""
+    if handle is not None and (unused := handle.unused()):
+        typer.echo(f"warning: {unused}", err=True)
 
 
 def parse_rows(word: str) -> list[tuple[dict[str, float] | None, str]]:

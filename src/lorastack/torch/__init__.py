@@ -6,8 +6,8 @@ from lorastack.errors import require
 
 require("torch", "torch")
 
-from lorastack.torch.attach import attach, attach_all  # noqa: E402
+from lorastack.torch.attach import attach, attach_all, detach  # noqa: E402
 from lorastack.torch.handle import Handle, Report  # noqa: E402
 from lorastack.torch.tune import Tuned, tune  # noqa: E402
 
-__all__ = ["Handle", "Report", "Tuned", "attach", "attach_all", "tune"]
+__all__ = ["Handle", "Report", "Tuned", "attach", "attach_all", "detach", "tune"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import ref
 
 import torch
 from torch import nn
@@ -10,7 +11,11 @@ from torch import nn
 from lorastack.core.adapter import LoadedLora, LoraAdapter
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError
+from lorastack.torch.entry import Entry
+from lorastack.torch.experts import LoraWeight
 from lorastack.torch.handle import ATTACHED, Handle
+from lorastack.torch.layer import LiveLayer
+from lorastack.torch.saved import BiasPatch, TokenPatch
 from lorastack.torch.wrappers import unwrapped
 
 
@@ -79,11 +84,44 @@ def attach_all(
     """As `attach`, for adapters of any naming side by side: each is converted to the model's own names."""
     model = unwrapped(model)
     for module in model.modules():
-        if module in ATTACHED:
+        if module in ATTACHED or any(_is_ours(hook) for hook in module._forward_hooks.values()):
             raise ArgumentError(
-                f"{type(module).__name__} has a stack attached already; change it through its handle, or detach() it"
+                f"{type(module).__name__} has a stack attached already, or is a copy or a part of one that has; "
+                "change it through its handle, or detach it"
             )
     handle = Handle(model, dtype, allow_partial)
-    handle.add_all(entries)
-    ATTACHED[model] = handle
+    handle._assembly.owner = handle
+    handle._assembly.add(entries)
+    ATTACHED[model] = ref(handle)
     return handle
+
+
+def detach(model: nn.Module) -> None:
+    """Take off whatever stack a model has, also one that came along when an attached model was copied.
+
+    A handle detaches what it attached; this is for a model whose handle is not at hand.
+    """
+    model = unwrapped(model)
+    known = ATTACHED.get(model)
+    handle = known() if known is not None else None
+    if handle is not None:
+        handle.detach()
+    ATTACHED.pop(model, None)
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+                for every in (
+                    hooks,
+                    module._forward_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                    module._forward_pre_hooks_with_kwargs,
+                ):
+                    every.pop(key, None)
+        for name in [name for name, value in module.__dict__.items() if isinstance(value, LoraWeight)]:
+            del module.__dict__[name]
+
+
+def _is_ours(hook: object) -> bool:
+    inner = getattr(hook, "__self__", None) or getattr(getattr(hook, "__wrapped__", None), "__self__", None)
+    inner = inner or getattr(getattr(hook, "_torchdynamo_orig_callable", None), "__self__", None)
+    return isinstance(inner, (LiveLayer, Entry, BiasPatch, TokenPatch))

@@ -26,12 +26,13 @@ class Dora:
 
     def __init__(self, place: Place, delta: LoraDelta, magnitude: Factor, dtype: torch.dtype) -> None:
         module: Any = place.module
-        weight = module.weight.detach().float()
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = module.weight.detach().to(wide)
         weight = weight.t() if is_conv1d(module) else weight
-        a, b = (to_torch(factor, torch.float32, place.device) for factor in delta.factors)
+        a, b = (to_torch(factor, wide, place.device) for factor in delta.factors)
         norm = row_norms(weight.reshape(weight.shape[0], -1), a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1),
                          delta.scaling)  # fmt: skip
-        m = to_torch(magnitude, torch.float32, place.device).reshape(-1)
+        m = to_torch(magnitude, wide, place.device).reshape(-1)
         trailing = [1] * (weight.dim() - 2)  # a convolution's channels come before its positions
         self.ratio = (m / norm).to(dtype).view(-1, *trailing)
         bias = module.bias
@@ -52,4 +53,4 @@ def row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: f
     cross = ((weight @ a.t()).double() * b.double()).sum(1)
     gram = a.double() @ a.double().t()
     own = ((b.double() @ gram) * b.double()).sum(1)
-    return (square + 2 * scaling * cross + scaling**2 * own).clamp_min(0).sqrt().float()
+    return (square + 2 * scaling * cross + scaling**2 * own).clamp_min(0).sqrt().to(weight.dtype)

@@ -32,12 +32,17 @@ class LoraWeight(torch.Tensor):
     a: torch.Tensor
     b: torch.Tensor
     turned: bool
+    #: The layer that shows it, which learns that a pass computed with it.
+    owner: Any
 
     @staticmethod
-    def of(base: torch.Tensor, a: torch.Tensor, b: torch.Tensor, turned: bool) -> LoraWeight:
+    def of(base: torch.Tensor, a: torch.Tensor, b: torch.Tensor, turned: bool, owner: Any) -> LoraWeight:
         weight: LoraWeight = torch.Tensor._make_subclass(LoraWeight, base.detach())
-        weight.base, weight.a, weight.b, weight.turned = base, a, b, turned
+        weight.base, weight.a, weight.b, weight.turned, weight.owner = base, a, b, turned, owner
         return weight
+
+    def __deepcopy__(self, memo: Any) -> LoraWeight:
+        return self  # what a copy of the module is shown, until it is detached
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,6 +52,7 @@ class LoraWeight(torch.Tensor):
         if rule is not None:
             result = rule(func, args, kwargs)
             if result is not NotImplemented:
+                next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, LoraWeight)).owner.reached = True
                 return result
         if name in _HARMLESS:
             plain = [arg.base if isinstance(arg, LoraWeight) else arg for arg in args]
@@ -85,7 +91,7 @@ def _pick(func: Any, args: Any, kwargs: Any) -> Any:
     w, index = args
     if isinstance(index, tuple) or w.base.dim() != 3:
         return NotImplemented
-    return LoraWeight.of(w.base[index], w.a[index], w.b[index], w.turned)
+    return LoraWeight.of(w.base[index], w.a[index], w.b[index], w.turned, w.owner)
 
 
 def _turn(func: Any, args: Any, kwargs: Any) -> Any:
@@ -93,14 +99,29 @@ def _turn(func: Any, args: Any, kwargs: Any) -> Any:
     n = w.base.dim()
     if dims and {d % n for d in dims} != {n - 1, n - 2}:
         return NotImplemented
-    return LoraWeight.of(w.base.transpose(-1, -2), w.a, w.b, not w.turned)
+    return LoraWeight.of(w.base.transpose(-1, -2), w.a, w.b, not w.turned, w.owner)
 
 
 def _rmatmul(func: Any, args: Any, kwargs: Any) -> Any:
     return _matmul(torch.matmul, args[::-1], kwargs)
 
 
+def _attention(func: Any, args: Any, kwargs: Any) -> Any:
+    """``nn.MultiheadAttention`` hands its last projection over; with 1 in its place comes what it would project."""
+    names = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k",
+             "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias")  # fmt: skip
+    said = dict(zip(names, args, strict=False)) | kwargs
+    w = said["out_proj_weight"]
+    if not isinstance(w, LoraWeight) or w.turned or any(isinstance(said[n], LoraWeight) for n in names[:9]):
+        return NotImplemented
+    one = torch.eye(w.base.shape[1], dtype=w.base.dtype, device=w.base.device)
+    bias, said["out_proj_weight"], said["out_proj_bias"] = said["out_proj_bias"], one, None
+    inner, weights = func(*(said.pop(name) for name in names), *args[len(names) :], **said)
+    return F.linear(inner, w.base, bias) + F.linear(F.linear(inner, w.a), w.b), weights
+
+
 _RULES = {
+    "multi_head_attention_forward": _attention,
     "linear": _linear, "matmul": _matmul, "__matmul__": _matmul, "__rmatmul__": _rmatmul,
     "bmm": _matmul, "mm": _matmul, "grouped_mm": _grouped, "_grouped_mm": _grouped,
     "grouped_mm_fallback": _grouped, "transformers.grouped_mm_fallback": _grouped,
@@ -126,8 +147,7 @@ class LiveParameter:
         self.rank = 0
         self.s = torch.empty(0)
         self.bias = None
-        self.mixture = None
-        self.mixed: Any = None
+        self.reached = False
         self._shown = False
 
     def add(self, entry: int, part: Prepared) -> None:
@@ -151,6 +171,22 @@ class LiveParameter:
         self._shown = True
         self.refresh()
 
+    attach_again = attach
+
+    @property
+    def attached(self) -> bool:
+        """Whether the module is shown the updates."""
+        return self._shown
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` brings back."""
+        return {**self.__dict__, "slots": list(self.slots), "_parts": list(self._parts)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Be as `state` found it."""
+        self.__dict__.clear()
+        self.__dict__.update(state)
+
     @property
     def needs_refresh(self) -> bool:
         """Always: the scales are folded into what the module is shown."""
@@ -171,7 +207,7 @@ class LiveParameter:
             a, b = F.pad(a, (0, 0, 0, pad)), F.pad(b, (0, pad))
         turned = tuple(weight.shape[-2:]) != (b.shape[-2], a.shape[-1])
         turned = turned or bool(getattr(self.place.module, "is_transposed", False))
-        self.place.module.__dict__[self.place.parameter] = LoraWeight.of(weight, a, b, turned)
+        self.place.module.__dict__[self.place.parameter] = LoraWeight.of(weight, a, b, turned, self)
 
     def detach(self) -> None:
         self._shown = False

@@ -6,7 +6,7 @@ the others; ``s [R]`` is a view of the handle's one vector of scales, which a sc
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import torch
 
@@ -14,9 +14,13 @@ from lorastack.torch.prepared import Prepared, Slot
 
 
 class Factors:
-    """``a [R, in]``, ``b [out, R]`` and ``s [R]`` of all adapters, and which rows are whose (``slots``)."""
+    """``a [R, in]``, ``b [out, R]`` and ``s [R]`` of all adapters, and which rows are whose (``slots``).
 
-    def __init__(self) -> None:
+    ``grow(buffer, axis, used, room)`` gives a buffer with room for more ranks, its used ones copied.
+    """
+
+    def __init__(self, grow: Callable[[torch.Tensor, int, int, int], torch.Tensor]) -> None:
+        self._grow = grow
         self.slots: list[Slot] = []
         self.rank = 0
         self._a: torch.Tensor | None = None
@@ -24,8 +28,6 @@ class Factors:
         self.a = torch.empty(0)
         self.b = torch.empty(0)
         self.s = torch.empty(0)
-        #: What a mixture by row made of these factors, for as long as it lasts.
-        self.mixed: Any = None
         self.in_order = False  # adapter after adapter instead of all at once: DoRA, or NaN that was let in
 
     def add(self, entry: int, part: Prepared) -> None:
@@ -41,7 +43,8 @@ class Factors:
         else:
             if self._a.shape[0] < total:
                 room = max(total, 2 * self.rank) if self.rank > rank else total
-                self._a, self._b = _grown(self._a, 0, self.rank, room), _grown(self._b, 1, self.rank, room)
+                self._a = self._grow(self._a, 0, self.rank, room)
+                self._b = self._grow(self._b, 1, self.rank, room)
             self._a[self.rank : total] = a
             self._b[:, self.rank : total] = b
         self.rank = total
@@ -68,6 +71,15 @@ class Factors:
         self.slots = kept
         self.in_order = any(slot.dora is not None or not slot.finite for slot in self.slots)
 
+    def state(self) -> dict[str, object]:
+        """What `restore` brings back: numbers beyond the rank may be written meanwhile, those within it are not."""
+        return {**self.__dict__, "slots": list(self.slots)}
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Be as `state` found it."""
+        self.__dict__.clear()
+        self.__dict__.update(state)
+
     def _narrow(self) -> None:
         assert self._a is not None
         assert self._b is not None
@@ -77,18 +89,3 @@ class Factors:
     def nbytes(self) -> int:
         """Bytes of the factors held."""
         return sum(t.numel() * t.element_size() for t in (self._a, self._b) if t is not None)
-
-
-class RowMixture(Protocol):
-    """Scales by row, as a layer uses them."""
-
-    def add_linear(self, factors: Factors, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor: ...
-    def scale(self, factors: Factors, h: torch.Tensor) -> torch.Tensor: ...
-
-
-def _grown(buffer: torch.Tensor, axis: int, used: int, room: int) -> torch.Tensor:
-    shape = list(buffer.shape)
-    shape[axis] = room
-    grown = buffer.new_empty(shape)
-    grown.narrow(axis, 0, used).copy_(buffer.narrow(axis, 0, used))
-    return grown

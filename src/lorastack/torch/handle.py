@@ -4,85 +4,97 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from lorastack.base.experts import single
 from lorastack.core.adapter import LoadedLora, LoraAdapter
 from lorastack.core.stack import LoraStack
-from lorastack.errors import ArgumentError, LoraStackError, Problems, UnknownNameError, UnsupportedError
+from lorastack.errors import ArgumentError, Problems, UnknownNameError, UnsupportedError
+from lorastack.torch.assembly import Assembly, Live, Report
 from lorastack.torch.experts import LiveParameter
-from lorastack.torch.layer import LiveLayer
-from lorastack.torch.places import Places
-from lorastack.torch.prepare import Candidate, prepare
-from lorastack.torch.prepared import Prepared
+from lorastack.torch.plan import Plan, plan_of_context
 from lorastack.torch.rows import Mixture
-from lorastack.torch.saved import Patch
-from lorastack.torch.scales import Scales
 
-#: Models that have a stack, so that none gets a second one by mistake.
-ATTACHED: WeakKeyDictionary[nn.Module, Handle] = WeakKeyDictionary()
+__all__ = ["ATTACHED", "Handle", "Report"]
 
-Live = LiveLayer | LiveParameter
+#: Models that have a stack, so that none gets a second one by mistake; a model that is dropped takes its handle along.
+ATTACHED: WeakKeyDictionary[nn.Module, ReferenceType[Handle]] = WeakKeyDictionary()
 
 
-@dataclass
-class Report:
-    """What attaching found: adapter -> the weights it changes, and those left out under ``allow_partial``."""
+class Unused(NamedTuple):
+    """Weights that no pass has come to."""
 
-    matched: dict[str, list[str]] = field(default_factory=dict)
-    missing: dict[str, list[str]] = field(default_factory=dict)
-    nbytes: int = 0
+    #: Of modules that their model did not call: a part that this input does not need, or one that has no effect at all.
+    modules: tuple[str, ...]
+    #: Of experts that no token was sent to.
+    experts: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.modules or self.experts)
 
     def __str__(self) -> str:
-        lines = [f"{name}: {len(weights)} weights attached" for name, weights in self.matched.items()]
-        lines += [f"{name}: left out: {line}" for name, rest in self.missing.items() for line in rest]
-        return "\n".join([*lines, f"{self.nbytes / 2**20:.1f} MiB of factors"])
+        said = []
+        if self.modules:
+            said.append(f"{len(self.modules)} weights had no effect, such as {self.modules[0]}: no pass came there")
+        if self.experts:
+            said.append(f"{len(self.experts)} weights are of experts that no token was sent to")
+        return "; ".join(said)
 
 
 class Handle:
     """An attached stack; made by `attach`. Also a context manager that detaches at its end.
 
-    The handle has its own copy of the stack and is the only way to change what is attached.
+    The handle has its own copy of the stack and is the only way to change what is attached. Every change is made
+    between forward passes, and is undone as a whole when anything stops it. It may be used from several threads.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, allow_partial: bool) -> None:
         self.model = model
-        self._dtype = dtype
-        self._allow_partial = allow_partial
-        self._places = Places(model)
-        self._layers: dict[str, Live] = {}
-        self._patches: list[list[Patch]] = []
-        self._candidates: list[Candidate] = []
-        self._scales = Scales()
-        self.report = Report()
+        self._assembly = Assembly(model, dtype, allow_partial)
         self.attached = True
 
     # What is attached
 
     @property
+    def report(self) -> Report:
+        """What attaching found."""
+        return self._assembly.report
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The adapters' names, in order; those of the stack's second list are ``adapter0``, ``adapter1``, ..."""
-        return tuple(candidate.name for candidate in self._candidates)
+        return self._assembly.names
 
     @property
     def scales(self) -> dict[str, float]:
         """Adapter name -> its present scale."""
-        return {candidate.name: candidate.scale for candidate in self._candidates}
+        return {candidate.name: candidate.scale for candidate in self._assembly.candidates}
 
     @property
     def stack(self) -> LoraStack:
         """A copy of the stack as attached, under the model's own weight names."""
         stack = LoraStack()
-        for candidate in self._candidates:
+        for candidate in self._assembly.candidates:
             if isinstance(candidate.adapter, LoadedLora):
                 stack.push(candidate.adapter, candidate.scale)
             else:
                 stack.push_adapter(candidate.adapter)
         return stack
+
+    @property
+    def _layers(self) -> dict[str, Live]:
+        return self._assembly.layers
+
+    def unused(self) -> Unused:
+        """The weights that no pass has come to since they were attached."""
+        names = [name for name, layer in self._assembly.layers.items() if not layer.reached]
+        return Unused(
+            tuple(name for name in names if single(name) is None), tuple(name for name in names if single(name))
+        )
 
     def __repr__(self) -> str:
         what = ", ".join(f"{name}:{scale:g}" for name, scale in self.scales.items())
@@ -95,18 +107,17 @@ class Handle:
         self.set_scales({name: scale})
 
     def set_scales(self, scales: Mapping[str, float]) -> None:
-        """Give several adapters other scales at once.
+        """Give several adapters other scales at once; a pass has all of them or none.
 
         Raises
         ------
         UnknownNameError
             Listing the names there are; nothing is changed then.
+        ArgumentError
+            When a scale is no finite number, in the type a layer computes in too; nothing is changed then.
         """
-        positions = {name: self._position(name) for name in scales}
-        for name, scale in scales.items():
-            _check_scale(scale)
-            self._candidates[positions[name]].scale = float(scale)
-        self._rescale()
+        positions = {self._position(name): _checked(scale) for name, scale in scales.items()}
+        self._assembly.set_scales(positions)
 
     def push(self, adapter: LoadedLora | LoraAdapter, scale: float = 1.0) -> str:
         """Attach one more adapter on top; returns its name here.
@@ -116,121 +127,34 @@ class Handle:
         LoraStackError
             Listing everything that does not fit; nothing is changed then.
         """
-        self._check_attached()
-        _check_scale(scale)
-        self.add_all([(adapter, scale)])
+        self._check_free("push()")
+        self._assembly.add([(adapter, _checked(scale))])
         return self.names[-1]
 
     def pop(self) -> tuple[LoadedLora | LoraAdapter, float] | None:
         """Take the last adapter off and return it with its scale; None when there is none."""
-        self._check_attached()
-        if not self._candidates:
+        self._check_free("pop()")
+        if not self._assembly.candidates:
             return None
-        last = self._candidates[-1]
-        self._remove(len(self._candidates) - 1)
+        last = self._assembly.candidates[-1]
+        self._assembly.remove(len(self._assembly.candidates) - 1)
         return last.adapter, last.scale
 
     def remove(self, name: str) -> tuple[LoadedLora | LoraAdapter, float]:
         """Take the adapter of that name off and return it with its scale."""
-        self._check_attached()
+        self._check_free("remove()")
         position = self._position(name)
-        candidate = self._candidates[position]
-        self._remove(position)
+        candidate = self._assembly.candidates[position]
+        self._assembly.remove(position)
         return candidate.adapter, candidate.scale
 
     def replace(self, name: str, adapter: LoadedLora | LoraAdapter, scale: float | None = None) -> str:
         """Put another adapter in place of one, at its scale unless given; the new one comes on top."""
-        self._check_attached()
+        self._check_free("replace()")
         position = self._position(name)
-        old = self._candidates[position]
-        scale = old.scale if scale is None else scale
-        self._prepare([(adapter, scale)], without=position)  # fails before anything is changed
-        self._remove(position)
-        return self.push(adapter, scale)
-
-    def add_all(self, adapters: Sequence[tuple[LoadedLora | LoraAdapter, float]]) -> None:
-        """Attach several adapters; either all of them or, when something does not fit, none."""
-        candidates, prepared, patches = self._prepare(adapters)
-        first = len(self._candidates)
-        new: list[Live] = []
-        for entry, parts in enumerate(prepared, first):
-            for part in parts:
-                layer = self._layers.get(part.place.name)
-                if layer is None:
-                    layer = self._layers[part.place.name] = _layer_for(part, self._dtype)
-                    new.append(layer)
-                layer.add(entry, part)
-        self._candidates += candidates
-        self._patches += patches
-        self._settle()
-        for layer in new:
-            layer.attach()
-        for patch in [patch for group in patches for patch in group]:
-            patch.attach()
-        self._rescale()
-
-    def _prepare(
-        self, adapters: Sequence[tuple[LoadedLora | LoraAdapter, float]], without: int | None = None
-    ) -> tuple[list[Candidate], list[list[Prepared]], list[list[Patch]]]:
-        """Everything made ready, nothing changed; one error lists all that does not fit."""
-        staying = [n for n in range(len(self._candidates)) if n != without]
-        taken = {patch.claim: self.names[n] for n in staying for patch in self._patches[n]}
-        names = [self.names[n] for n in staying]
-        problems = Problems(f"the stack does not fit {type(self.model).__name__}")
-        candidates, prepared, patches = [], [], []
-        left_out: dict[str, list[str]] = {}
-        for adapter, scale in adapters:
-            candidate = Candidate.of(adapter, float(scale), names)
-            try:
-                parts, own, missing = prepare(candidate, self._places, self._dtype, self._allow_partial)
-            except LoraStackError as error:
-                for line in error.problems or [str(error)]:
-                    problems.add(f"{candidate.name}: {line}")
-                continue
-            for patch in own:
-                if patch.claim in taken:
-                    problems.add(
-                        f"{candidate.name} and {taken[patch.claim]} both replace {patch.claim}; attach only one"
-                    )
-                taken.setdefault(patch.claim, candidate.name)
-            names.append(candidate.name)
-            candidates.append(candidate)
-            prepared.append(parts)
-            patches.append(own)
-            left_out |= {candidate.name: missing} if missing else {}
-        problems.raise_any(UnsupportedError)
-        self.report.missing |= left_out
-        return candidates, prepared, patches
-
-    def _remove(self, position: int) -> None:
-        for patch in self._patches.pop(position):
-            patch.detach()
-        self._candidates.pop(position)
-        for name, layer in list(self._layers.items()):
-            layer.remove(position)
-            if not layer.slots:
-                layer.detach()
-                del self._layers[name]
-        self._settle()
-        self._rescale()
-
-    def _settle(self) -> None:
-        self._scales.lay_out(list(self._layers.values()), [c.scale for c in self._candidates])
-        self.report.matched = {
-            c.name: [name for name, layer in self._layers.items() if any(s.entry == n for s in layer.slots)]
-            for n, c in enumerate(self._candidates)
-        }
-        self.report.nbytes = sum(layer.nbytes for layer in self._layers.values())
-
-    def _rescale(self) -> None:
-        self._scales.write([c.scale for c in self._candidates])
-        for candidate, patches in zip(self._candidates, self._patches, strict=True):
-            for patch in patches:
-                if patch.on != (candidate.scale != 0):
-                    patch.on = candidate.scale != 0
-        for layer in self._layers.values():
-            if layer.needs_refresh:
-                layer.refresh()
+        old = self._assembly.candidates[position]
+        self._assembly.replace(position, adapter, old.scale if scale is None else _checked(scale))
+        return self.names[-1]
 
     # Rows
 
@@ -241,10 +165,13 @@ class Handle:
         *,
         cu_seqlens: Sequence[int] | torch.Tensor | None = None,
         index: Sequence[int] | torch.Tensor | None = None,
+        copies: int = 1,
     ) -> Iterator[Handle]:
         """Inside this context row i of the batch has the adapters and scales of ``mixtures[i]``, and no others.
 
-        A row's scales take the place of the stack's; an adapter it does not name is off for it.
+        A row's scales take the place of the stack's; an adapter it does not name is off for it. It holds for this
+        thread or task only: another has its own, and one that has none may not pass meanwhile, since it would not be
+        told which adapters it means (see `current` and `plain`).
 
         Parameters
         ----------
@@ -254,26 +181,46 @@ class Handle:
             For packed input: where each row begins, and the end, ``[rows + 1]``, as flash attention takes it.
         index
             For packed input: the row of every token, ``[tokens]``.
+        copies
+            How often each row stands in the batch, side by side; transformers' ``generate`` is asked for its beams and
+            returned sequences.
 
         Raises
         ------
         UnknownNameError
             Listing every name that is not attached.
+        ShapeError
+            In a pass whose batch has another number of rows.
         UnsupportedError
             Listing every adapter with DoRA, biases, saved modules, new tokens or experts, which have no row.
         """
         self._check_attached()
-        table = self._table(mixtures)
-        mixture = Mixture(table, _token_rows(cu_seqlens, index, len(mixtures)))
-        layers = [layer for layer in self._layers.values() if isinstance(layer, LiveLayer)]
-        before = [layer.mixture for layer in layers]
-        for layer in layers:
-            layer.mixture, layer.mixed = mixture, None
-        try:
+        mixtures = [dict(mixture) for mixture in mixtures]
+        self._table(mixtures)
+        if copies < 1:
+            raise ArgumentError(f"copies is {copies}; each row stands at least once")
+        rows = _token_rows(cu_seqlens, index, len(mixtures))
+        with self._plan(mixtures, rows, copies):
             yield self
-        finally:
-            for layer, old in zip(layers, before, strict=True):
-                layer.mixture, layer.mixed = old, None
+
+    def plain(self) -> Plan:
+        """A plan of the stack's own scales: ``with handle.plain():`` passes beside others' rows."""
+        self._check_attached()
+        return self._plan(None, None, 1)
+
+    def current(self) -> Plan:
+        """The plan that holds here: ``with plan:`` in another thread gives its passes the same rows."""
+        return plan_of_context(self._assembly.passes.number) or self.plain()
+
+    def _plan(self, mixtures: Sequence[Mapping[str, float]] | None, index: torch.Tensor | None, copies: int) -> Plan:
+        assembly = self._assembly
+
+        def make() -> tuple[Mixture, dict[str, Any]]:
+            mixture = Mixture(self._table(mixtures or ()), index)
+            ways = {layer.name: mixture.way(layer, layer.kind == "linear") for layer in assembly.live_layers()}
+            return mixture, ways
+
+        return Plan(assembly.passes.number, assembly.passes.holders, mixtures, make, index, copies)
 
     def _table(self, mixtures: Sequence[Mapping[str, float]]) -> torch.Tensor:
         if not mixtures:
@@ -282,9 +229,9 @@ class Handle:
         if unknown:
             raise UnknownNameError(f"no adapter is named {', '.join(unknown)}; attached are {', '.join(self.names)}")
         for scale in [scale for mixture in mixtures for scale in mixture.values()]:
-            _check_scale(scale)
+            _checked(scale)
         problems = Problems("these adapters cannot be mixed by row")
-        for n, candidate in enumerate(self._candidates):
+        for n, candidate in enumerate(self._assembly.candidates):
             for why in self._without_rows(n):
                 problems.add(f"{candidate.name}: {why}; remove it from the handle first")
         problems.raise_any(UnsupportedError)
@@ -293,7 +240,9 @@ class Handle:
 
     def _without_rows(self, entry: int) -> list[str]:
         """What of an adapter acts on the whole batch at once."""
-        slots = [(layer, slot) for layer in self._layers.values() for slot in layer.slots if slot.entry == entry]
+        slots = [
+            (layer, slot) for layer in self._assembly.layers.values() for slot in layer.slots if slot.entry == entry
+        ]
         found = []
         if any(slot.dora is not None for _, slot in slots):
             found.append("it has DoRA magnitudes")
@@ -303,7 +252,7 @@ class Handle:
             found.append("it changes experts or bare parameters, whose tokens are no longer in rows")
         if any(not slot.finite and layer.kind in ("embedding", "conv") for layer, slot in slots):
             found.append("it has NaN or Inf in an embedding or a convolution, which rows cannot be kept apart from")
-        found += sorted({f"it has {patch.what}" for patch in self._patches[entry]})
+        found += sorted({f"it has {patch.what}" for patch in self._assembly.patches[entry]})
         return found
 
     # The end
@@ -312,11 +261,9 @@ class Handle:
         """Take everything off; the model is then what it was before, to the bit. A second call does nothing."""
         if not self.attached:
             return
-        for layer in self._layers.values():
-            layer.detach()
-        for patch in [patch for group in reversed(self._patches) for patch in group]:
-            patch.detach()
-        self._layers, self.attached = {}, False
+        self._check_free("detach()")
+        self._assembly.clear()
+        self.attached = False
         ATTACHED.pop(self.model, None)
 
     def __enter__(self) -> Handle:
@@ -325,9 +272,24 @@ class Handle:
     def __exit__(self, *_: Any) -> None:
         self.detach()
 
+    def __copy__(self) -> Handle:
+        raise ArgumentError(f"{self!r} is what is attached to one live model, and cannot be copied; copy its .stack")
+
+    def __deepcopy__(self, memo: Any) -> Handle:
+        return self.__copy__()
+
+    def __reduce__(self) -> Any:
+        raise ArgumentError(f"{self!r} is what is attached to one live model, and cannot be pickled; pickle its .stack")
+
+    def _check_free(self, doing: str) -> None:
+        self._check_attached()
+        plan = plan_of_context(self._assembly.passes.number)
+        if plan is not None and plan.mixtures is not None:
+            raise ArgumentError(f"{doing} inside rows(): its rows are of the adapters there are; leave rows() first")
+
     def _position(self, name: str) -> int:
         self._check_attached()
-        for position, candidate in enumerate(self._candidates):
+        for position, candidate in enumerate(self._assembly.candidates):
             if candidate.name == name:
                 return position
         raise UnknownNameError(f"no adapter is named {name!r}; attached are {', '.join(self.names) or 'none'}")
@@ -337,14 +299,10 @@ class Handle:
             raise ArgumentError("this handle is detached; attach the stack again")
 
 
-def _layer_for(part: Prepared, dtype: torch.dtype | None) -> Live:
-    dtype = dtype or part.place.dtype
-    return LiveParameter(part.place, dtype) if part.place.kind == "parameter" else LiveLayer(part.place, dtype)
-
-
-def _check_scale(scale: float) -> None:
+def _checked(scale: float) -> float:
     if not isinstance(scale, (int, float)) or scale != scale or scale in (float("inf"), float("-inf")):
         raise ArgumentError(f"a scale is a finite number, got {scale!r}")
+    return float(scale)
 
 
 def _token_rows(cu_seqlens: Any, index: Any, rows: int) -> torch.Tensor | None:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lorastack.torch.factors import Factors, RowMixture
+from lorastack.torch.factors import Factors
+from lorastack.torch.passes import CURRENT, Pass, Passes, eager
 from lorastack.torch.places import Place
 
 Args = tuple[Any, ...]
@@ -21,32 +22,75 @@ Kwargs = dict[str, Any]
 class LiveLayer(Factors):
     """The factors at one place; ``hook`` adds their sum to the module's output."""
 
-    def __init__(self, place: Place, dtype: torch.dtype) -> None:
-        super().__init__()
+    def __init__(self, place: Place, dtype: torch.dtype, passes: Passes) -> None:
+        super().__init__(lambda *given: _grown(*given))
         self.place = place
+        self.name = place.name
         self.dtype = dtype
         self.kind = place.kind
+        self.passes, self.number = passes, passes.number
+        #: Whether a pass got here.
+        self.reached = False
+        self._alone: Any = None
         self.bias: torch.Tensor | None = None
-        self.mixture: RowMixture | None = None
         self.embed_scale = getattr(place.module, "embed_scale", None) if place.kind == "embedding" else None
         self._handle: Any = None
 
+    def __deepcopy__(self, memo: Any) -> LiveLayer:
+        return self  # a copy of an attached model has what the model has, until it is detached
+
     def attach(self) -> None:
-        """Register the hook that fits the module's kind."""
-        hooks = {"linear": self._linear, "embedding": self._embedding, "conv": self._conv}
-        self._handle = self.place.module.register_forward_hook(hooks[self.kind], with_kwargs=True)
+        """Register the hook."""
+        if self._handle is None:
+            self._alone = eager(self._really_alone)
+            self._handle = self.place.module.register_forward_hook(self._hook, with_kwargs=True)
+
+    def attach_again(self) -> None:
+        """Register the hook after a change was undone, which took it off."""
+        self._handle = None
+        self.attach()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the module has the hook."""
+        return self._handle is not None
 
     def detach(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        self._handle = None
+        sweep(self.place.module, self)
 
-    def _linear(self, module: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor:
+    def _hook(self, module: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor:
+        running = CURRENT.running
+        if running is None or running.number != self.number:
+            return self._alone(module, args, kwargs, output)
+        return self._add(running, module, args, kwargs, output)
+
+    def _really_alone(self, module: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor:
+        """The module was called by itself: that is a pass of its own."""
+        running = self.passes.enter(self, args, kwargs, dict)
+        assert running is not None
+        try:
+            return self._add(running, module, args, kwargs, output)
+        finally:
+            self.passes.leave(self)
+
+    def _add(self, running: Pass, module: Any, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor:
+        self.reached = True
         x = _input(args, kwargs)
+        if self.a.device != x.device and self.a.numel():  # accelerate moves the module's own input, not what we see
+            x = x.to(self.a.device)
+        if self.kind == "linear":
+            return self._linear(running, x, output)
+        if self.kind == "embedding":
+            return self._embedding(running, x, output)
+        return self._conv(running, module, x, output)
+
+    def _linear(self, running: Pass, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
-        if self.mixture is not None:
-            return self.mixture.add_linear(self, x, output, self.may_add_in_place(output))
+        if running.mixture is not None:
+            way = running.ways[self.name]
+            return running.mixture.add_linear(way, running, x, output, self.may_add_in_place(output))
         if self.in_order:
             return self._one_by_one(x, output, lambda t, a: F.linear(t, a), lambda t, b: F.linear(t, b))
         h = F.linear(x, self.a) * self.s
@@ -63,31 +107,36 @@ class LiveLayer(Factors):
         """Whether the output is a fresh tensor that nobody else has seen, which saves a copy of it."""
         module = self.place.module
         fresh = type(module) is nn.Linear and output.is_contiguous() and not output.requires_grad
-        return fresh and len(module._forward_hooks) == 1
+        return fresh and len(module._forward_hooks) == 1 and not _seen_by_all()
 
-    def _embedding(self, module: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor:
+    def _embedding(self, running: Pass, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         # F.embedding wants rows by token; A is kept [R, vocabulary], so the columns are picked instead.
-        ids = _input(args, kwargs)
-        h = self.a[:, ids.reshape(-1)].t()
-        h = h * self.s if self.mixture is None else self.mixture.scale(self, h)
-        y = F.linear(h, self.b).view(*ids.shape, -1)
+        h = self.a[:, ids.reshape(-1)].t().reshape(*ids.shape, -1)
+        if running.mixture is None:
+            h = h * self.s
+        else:
+            h = running.mixture.scale(running.ways[self.name], running, h, h)
+        y = F.linear(h, self.b)
         if self.embed_scale is not None:
             y = y * self.embed_scale.to(y.dtype)
         return (output.to(y.dtype) + y).to(output.dtype)
 
-    def _conv(self, module: Any, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor:
-        x = _input(args, kwargs).to(self.dtype)
+    def _conv(self, running: Pass, module: Any, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.dtype)
 
         def shrink(t: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
             return module._conv_forward(t, a, None)  # the module's own stride, padding and dilation
 
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
-        if self.in_order and self.mixture is None:
+        if self.in_order and running.mixture is None:
             return self._one_by_one(x, output, shrink, conv)
         h = shrink(x, self.a)
         channels = 1 if h.dim() == len(module.kernel_size) + 2 else 0
         last = h.movedim(channels, -1)
-        last = last * self.s if self.mixture is None else self.mixture.scale(self, last)
+        if running.mixture is None:
+            last = last * self.s
+        else:
+            last = running.mixture.scale(running.ways[self.name], running, last, last)
         y = conv(last.movedim(-1, channels).contiguous(), self.b)
         if self.bias is not None:
             y = y + self.bias.view(-1, *[1] * len(module.kernel_size))
@@ -126,6 +175,31 @@ class LiveLayer(Factors):
         return y if self.bias is None else y + self.bias
 
 
+def sweep(module: nn.Module, owner: Any) -> None:
+    """Take every hook of ``owner`` off a module, also one that an interrupt left without its handle."""
+    for key, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__self__", None) is owner:
+            for hooks in (
+                module._forward_hooks,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            ):
+                hooks.pop(key, None)
+
+
+def _seen_by_all() -> bool:
+    """Whether hooks on all modules, as profilers set them, see outputs and may keep them."""
+    return bool(torch.nn.modules.module._global_forward_hooks)
+
+
 def _input(args: Args, kwargs: Kwargs) -> torch.Tensor:
     """What the module was called with: its first argument, by place or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def _grown(buffer: torch.Tensor, axis: int, used: int, room: int) -> torch.Tensor:
+    shape = list(buffer.shape)
+    shape[axis] = room
+    grown = buffer.new_empty(shape)
+    grown.narrow(axis, 0, used).copy_(buffer.narrow(axis, 0, used))
+    return grown

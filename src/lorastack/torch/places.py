@@ -11,6 +11,7 @@ from lorastack.base.architectures import BY_HF
 from lorastack.base.model import BaseModel
 from lorastack.base.tables import renaming_of_model
 from lorastack.core.delta import LoraDelta
+from lorastack.torch.bypass import reads_weight
 from lorastack.torch.wrappers import Where, index_of, offloaded_to
 
 
@@ -65,6 +66,8 @@ class Places:
         kind = _kind(module, parameter)
         if kind is None:
             return None
+        if kind == "linear" and not is_conv1d(module) and reads_weight(*self.parent_of(path)):
+            kind = "parameter"
         return Place(name, module, parameter, kind, *self._type_of(module, parameter))
 
     def parent_of(self, path: str) -> tuple[nn.Module, str]:

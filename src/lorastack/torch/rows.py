@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from lorastack.errors import ShapeError
 from lorastack.torch.factors import Factors
+from lorastack.torch.passes import Pass
+from lorastack.torch.plan import rows_of_layer
 
 #: Gathered factors may be this many times the attached ones before rows share them instead.
 MAX_GATHERED = 8
@@ -43,6 +45,9 @@ class Dense(NamedTuple):
     apart: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...] = ()
 
 
+Way = Gathered | Dense
+
+
 class Mixture:
     """The scales of each row for each adapter, ``table [rows, adapters]``; and how tokens belong to rows.
 
@@ -61,17 +66,24 @@ class Mixture:
         self.active = {n for row in self.wanted for n in row}
         self._scratch: torch.Tensor | None = None
 
-    def add_linear(self, factors: Factors, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
+    def way(self, factors: Factors, linear: bool) -> Way:
+        """How the rows are computed at these factors; made once, before a pass."""
+        if linear:
+            return self._choose(factors)
+        scales = self._scales(factors, factors.slots)
+        return Dense(factors.a, factors.b, scales, scales != 0)
+
+    def add_linear(
+        self, way: Way, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool
+    ) -> torch.Tensor:
         """``output`` plus every row's own sum."""
-        if factors.mixed is None:
-            factors.mixed = self._choose(factors)
-        way = factors.mixed
         if isinstance(way, Gathered):
+            rows_of_layer(x, running.rows)
             return self._add_gathered(way, x, output, in_place)
         x = x.to(way.a.dtype)
-        y = F.linear(self.mask(F.linear(x, way.a), way), way.b)
+        y = F.linear(self.scale(way, running, F.linear(x, way.a), x), way.b)
         for a, b, scales in way.apart:
-            rows = self._row_of_each(x.numel() // x.shape[-1]).to(x.device)
+            rows = self._row_of_each(running, x).to(x.device)
             mine = scales[rows] != 0
             part = F.linear(F.linear(x.reshape(-1, x.shape[-1])[mine], a), b) * scales[rows][mine, None]
             y = y.reshape(-1, y.shape[-1]).index_add(0, mine.nonzero()[:, 0], part).view(output.shape)
@@ -79,7 +91,7 @@ class Mixture:
 
     def _add_gathered(self, way: Gathered, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
         x = x.reshape(self.rows, -1, x.shape[-1])
-        out = output.reshape(self.rows, self._tokens(output.numel() // output.shape[-1]), -1)
+        out = output.reshape(self.rows, -1, output.shape[-1])
         if not in_place:
             h = torch.bmm(x.to(way.a.dtype), way.a)
             return torch.baddbmm(out.to(h.dtype), h, way.b).to(output.dtype).view(output.shape)
@@ -101,34 +113,36 @@ class Mixture:
         assert self._scratch is not None
         return self._scratch[: t.numel()].view(t.shape).copy_(t)
 
-    def _row_of_each(self, tokens: int) -> torch.Tensor:
-        if self.index is not None:
+    def _index_for(self, running: Pass, tokens: int) -> torch.Tensor | None:
+        """Packed input: the row of each of a layer's tokens, all of them or those whose logits are asked for."""
+        if self.index is None or self.index.shape[0] == tokens:
             return self.index
-        return torch.repeat_interleave(torch.arange(self.rows), self._tokens(tokens))
+        if running.logits is not None and running.logits.shape[0] == tokens:
+            return running.logits
+        raise ShapeError(f"a layer got {tokens} tokens, the packed rows index {self.index.shape[0]}")
 
-    def scale(self, factors: Factors, h: torch.Tensor) -> torch.Tensor:
-        """Hidden vectors of all of the layer's adapters, ``[..., R]``, scaled row by row."""
-        scales = self._scales(factors, factors.slots).to(h.dtype)
-        return self.mask(h, Dense(factors.a, factors.b, scales, scales != 0))
+    def _row_of_each(self, running: Pass, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.numel() // x.shape[-1]
+        index = self._index_for(running, tokens)
+        if index is not None:
+            return index
+        rows_of_layer(x, running.rows)
+        return torch.repeat_interleave(torch.arange(self.rows), tokens // self.rows)
 
-    def mask(self, h: torch.Tensor, way: Dense) -> torch.Tensor:
-        """``where(S != 0, h * S, 0)``, each token with its row's S."""
+    def scale(self, way: Dense, running: Pass, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``where(S != 0, h * S, 0)``, each token of ``h [..., R]`` with its row's S; ``x`` is the layer's input."""
         rank = way.scales.shape[1]
-        if self.index is not None:
+        tokens = h.numel() // max(rank, 1)
+        index = self._index_for(running, tokens)
+        if index is not None:
             flat = h.reshape(-1, rank)
-            if flat.shape[0] != self.index.shape[0]:
-                raise ShapeError(f"a layer got {flat.shape[0]} tokens, the packed rows index {self.index.shape[0]}")
-            index = self.index.to(h.device)
+            index = index.to(h.device)
             return torch.where(way.mask[index], flat * way.scales[index], 0).reshape(h.shape)
-        each = h.reshape(self.rows, self._tokens(h.numel() // max(rank, 1)), rank)
+        rows_of_layer(x, running.rows)
+        each = h.reshape(self.rows, tokens // self.rows, rank)
         return torch.where(way.mask[:, None], each * way.scales[:, None], 0).reshape(h.shape)
 
-    def _tokens(self, total: int) -> int:
-        if total % self.rows:
-            raise ShapeError(f"a layer got {total} tokens, which {self.rows} rows do not share; is that the batch?")
-        return total // self.rows
-
-    def _choose(self, factors: Factors) -> Gathered | Dense:
+    def _choose(self, factors: Factors) -> Way:
         ranks = {slot.entry: slot.rank for slot in factors.slots}
         in_use = sum(rank for entry, rank in ranks.items() if entry in self.active)
         widest = max((sum(ranks.get(n, 0) for n in row) for row in self.wanted), default=0)

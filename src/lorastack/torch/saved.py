@@ -34,11 +34,13 @@ class BiasPatch:
         self._handle: Any = None
 
     def attach(self) -> None:
-        self._handle = self.module.register_forward_hook(self._hook)
+        if self._handle is None:
+            self._handle = self.module.register_forward_hook(self._hook)
 
     def detach(self) -> None:
         if self._handle is not None:
             self._handle.remove()
+            self._handle = None
 
     def _hook(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         if not self.on:
@@ -102,6 +104,8 @@ class TokenPatch:
         self._handles: list[Any] = []
 
     def attach(self) -> None:
+        if self._handles:
+            return
         self._handles.append(self.module.register_forward_hook(self._look_up))
         if self.head is not None:
             self._handles.append(self.head.register_forward_hook(self._project))

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+from lorastack.errors import ArgumentError, Problems, UnsupportedError
+from lorastack.torch.prepared import Prepared
+from lorastack.ways import Way, ways
+
+_WIDER = Way("attach in another type, with dtype=torch.float32", None)
 
 
 class Scales:
@@ -17,21 +24,30 @@ class Scales:
     def __init__(self) -> None:
         self._groups: list[tuple[torch.Tensor, np.ndarray, np.ndarray]] = []
 
+    def state(self) -> Any:
+        """What `restore` brings back, all but the numbers, which `write` computes."""
+        return list(self._groups)
+
+    def restore(self, state: Any) -> None:
+        """Be as `state` found it."""
+        self._groups = state
+
     def lay_out(self, layers: list[Any], scales: list[float]) -> None:
         """Give every layer its view, after adapters came or went."""
         by_type: dict[tuple[torch.dtype, torch.device], list[Any]] = {}
         for layer in layers:
             by_type.setdefault((layer.dtype, layer.place.device), []).append(layer)
-        self._groups = []
+        groups = []
         for (dtype, device), group in by_type.items():
             slots = [slot for layer in group for slot in layer.slots]
             ranks = [slot.rank for slot in slots]
             entry = np.repeat(np.array([slot.entry for slot in slots], np.int64), ranks)
-            scaling = np.repeat(np.array([slot.scaling for slot in slots], np.float32), ranks)
+            scaling: np.ndarray = np.repeat(np.array([slot.scaling for slot in slots], _wide(dtype)), ranks)
             flat = torch.empty(len(entry), dtype=dtype, device=device)
             for layer, view in zip(group, torch.split(flat, [layer.rank for layer in group]), strict=True):
                 layer.s = view
-            self._groups.append((flat, entry, scaling))
+            groups.append((flat, entry, scaling))
+        self._groups = groups
         self.write(scales)
 
     def write(self, scales: list[float]) -> None:
@@ -39,7 +55,41 @@ class Scales:
 
         In NumPy: on a busy machine torch's threads would wait for each other longer than this takes.
         """
-        table = np.array(scales or [0.0], np.float32)
         with torch.no_grad():
             for flat, entry, scaling in self._groups:
+                table = np.array(scales or [0.0], scaling.dtype)
                 flat.copy_(torch.from_numpy(table[entry] * scaling))
+
+    def check(self, scales: Sequence[float], names: Sequence[str]) -> None:
+        """ArgumentError that lists the adapters whose multipliers are infinite in the type that a layer computes in."""
+        problems = Problems("these scales cannot be set")
+        for flat, entry, scaling in self._groups:
+            with np.errstate(over="ignore"):
+                table = np.array(list(scales) or [0.0], scaling.dtype)
+                large = np.abs(table[entry] * scaling) > torch.finfo(flat.dtype).max
+            for n in sorted(set(entry[large].tolist())):
+                problems.add(f"{names[n]}: scale {scales[n]:g} times its scaling is infinite in {_name(flat.dtype)}")
+        if problems:
+            problems.subject += ways(_WIDER)
+        problems.raise_any(ArgumentError)
+
+    @staticmethod
+    def check_parts(parts: Iterable[Prepared], scale: float, dtype: torch.dtype | None) -> None:
+        """UnsupportedError that lists the weights whose multiplier is infinite in the type their layer computes in."""
+        problems = Problems("it cannot be computed" + ways(_WIDER))
+        for part in parts:
+            own = dtype or part.place.dtype
+            if abs(part.scaling) > (most := torch.finfo(own).max) or abs(part.scaling * scale) > most:
+                problems.add(
+                    f"weight {part.place.name}: scaling {part.scaling:g} times scale {scale:g} is infinite in "
+                    f"{_name(own)}"
+                )
+        problems.raise_any(UnsupportedError)
+
+
+def _wide(dtype: torch.dtype) -> type:
+    return np.float64 if dtype == torch.float64 else np.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,63 @@
+"""Entries: the modules at which a forward pass can begin, with the hooks that begin and end it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from lorastack.torch.passes import CURRENT, Passes, eager
+
+
+class Entry:
+    """One module at which a pass of a handle can begin."""
+
+    def __init__(self, passes: Passes, module: nn.Module, is_root: bool, layers: Callable[[], Any]) -> None:
+        self.passes, self.number, self.module, self.is_root = passes, passes.number, module, is_root
+        self._layers = layers
+        self._enter, self._leave = eager(self._really_enter), eager(self._really_leave)
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Set the hooks. Those of the whole model run outside of compiled code, those inside are traced with it."""
+        begin, end = (self._enter, self._leave) if self.is_root else (self._begin, self._end)
+        register = self.module.register_forward_pre_hook
+        self._handles.append(register(begin, with_kwargs=True, prepend=True))
+        self._handles.append(self.module.register_forward_hook(end, with_kwargs=True, always_call=True))
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __deepcopy__(self, memo: Any) -> Entry:
+        return self  # a hook that goes along when a model is copied
+
+    def _really_enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.passes.enter(module, args, kwargs, self._layers)
+
+    def _really_leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.passes.leave(module)
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        running = CURRENT.running
+        if running is None or running.number != self.number:
+            self._enter(module, args, kwargs)
+
+    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        running = CURRENT.running
+        if running is not None and running.entry is module:
+            self._leave(module, args, kwargs, output)
+
+
+def entries_of(passes: Passes, model: nn.Module, hooked: Iterable[nn.Module], layers: Callable[[], Any]) -> list[Entry]:
+    """The model, and what of it is called alone: models inside it (encoders, vision towers) and the blocks of lists."""
+    wanted = {id(module) for module in hooked}
+    found = [Entry(passes, model, True, layers)]
+    blocks = {id(block) for module in model.modules() if isinstance(module, nn.ModuleList) for block in module}
+    for module in model.modules():
+        inside = module is not model and (id(module) in blocks or hasattr(module, "base_model_prefix"))
+        if inside and any(id(below) in wanted for below in module.modules() if below is not module):
+            found.append(Entry(passes, module, False, layers))
+    return found

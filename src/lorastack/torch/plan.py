@@ -1,0 +1,150 @@
+"""Plan: the mixtures that a context's rows have, by adapter name; it can be entered in other threads and tasks too."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any
+
+import torch
+
+from lorastack.errors import ShapeError
+
+
+class Holding:
+    """A plan that a context was given, until it is taken back: by value, whichever context does that."""
+
+    __slots__ = ("open", "plan")
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.open = plan, True
+
+
+_HELD: ContextVar[tuple[Holding, ...]] = ContextVar("lorastack_rows", default=())
+
+
+def plan_of_context(number: int) -> Plan | None:
+    """The plan that this context holds for the handle of that number, the innermost; None without."""
+    for held in reversed(_HELD.get()):
+        if held.open and held.plan.number == number:
+            return held.plan
+    return None
+
+
+class Plan:
+    """Which adapters each row of a batch has, made by `Handle.rows`, `Handle.plain` and `Handle.current`.
+
+    A context manager: inside ``with plan:`` the passes of this thread or task have it, wherever it was made.
+
+    Parameters
+    ----------
+    number, holders
+        Of the handle: its number, and the holdings that keep others from passing without rows.
+    mixtures
+        One mapping of adapter name to scale for each row; None for the stack's own scales.
+    make
+        (layers, mixtures) -> what the rows are computed with.
+    index
+        Packed input: the row of every token, ``[tokens]``.
+    copies
+        How often each row stands in the batch, side by side.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        holders: set[Any],
+        mixtures: Sequence[Mapping[str, float]] | None,
+        make: Callable[[], tuple[Any, dict[str, Any]]] | None = None,
+        index: torch.Tensor | None = None,
+        copies: int = 1,
+    ) -> None:
+        self.number, self.mixtures, self.index, self.copies = number, mixtures, index, copies
+        self._holders, self._make = holders, make
+        self._made: tuple[int, Any, dict[str, Any]] | None = None
+
+    def made(self, layers: Any, version: int) -> tuple[Any, dict[str, Any]]:
+        """What the rows are computed with, and by layer; made once for each set of attached adapters."""
+        if self._made is None or self._made[0] != version:
+            assert self._make is not None
+            self._made = (version, *self._make())
+        return self._made[1], self._made[2]
+
+    def check_batch(self, batch: int | None) -> int:
+        """The rows of the batch; ShapeError when they are not those of the plan."""
+        assert self.mixtures is not None
+        rows = len(self.mixtures)
+        if self.index is not None or batch is None or batch == rows * self.copies:
+            return batch or rows * self.copies
+        if self.copies == 1 and batch == rows * _beams():
+            return batch
+        said = f"{rows} mixtures" + (f" of {self.copies} copies" if self.copies > 1 else "")
+        raise ShapeError(
+            f"the batch has {batch} rows, there are {said}; give one for each row, or rows(..., copies=n) where each "
+            "stands n times side by side, as beams do"
+        )
+
+    def logits_of(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Packed input: the rows of those tokens whose logits are asked for (``logits_to_keep``)."""
+        keep = kwargs.get("logits_to_keep")
+        if self.index is None or keep is None or (isinstance(keep, int) and keep == 0):
+            return None
+        return self.index[-keep:] if isinstance(keep, int) else self.index[keep.reshape(-1).to(self.index.device)]
+
+    def __enter__(self) -> Plan:
+        held = Holding(self)
+        _HELD.set((*(one for one in _HELD.get() if one.open), held))
+        if self.mixtures is not None:
+            self._holders.add(held)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        mine = next((one for one in reversed(_HELD.get()) if one.plan is self and one.open), None)
+        # Left in another context than it was entered in, as by a task that closes another's generator.
+        held = mine or next((one for one in tuple(self._holders) if one.plan is self), None)
+        if held is not None:
+            held.open = False
+            self._holders.discard(held)
+        _HELD.set(tuple(one for one in _HELD.get() if one.open))
+
+
+#: What models call the tensor that has a row for each row of the batch, the likeliest first.
+_INPUTS = (
+    "input_ids inputs_embeds decoder_input_ids decoder_inputs_embeds input_features input_values pixel_values "
+    "hidden_states x"
+).split()
+
+
+def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """The rows of a call's batch; None when it has no tensor that tells."""
+    found = [kwargs[name] for name in _INPUTS if isinstance(kwargs.get(name), torch.Tensor)]
+    found += [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    first = next((tensor for tensor in found if tensor.dim() > 0), None)
+    return None if first is None else int(first.shape[0]) if first.dim() > 1 else 1
+
+
+def rows_of_layer(x: torch.Tensor, batch: int) -> int:
+    """Tokens of each row at a layer, whose input is ``[batch, ..., in]``, or flat ``[batch * tokens, in]``.
+
+    Raises
+    ------
+    ShapeError
+        When the layer's input is not the batch's.
+    """
+    tokens = x.numel() // x.shape[-1]
+    if (x.dim() > 2 and x.shape[0] != batch) or tokens % batch:
+        raise ShapeError(f"a layer got {list(x.shape)}, in a pass of {batch} rows; its rows cannot be told")
+    return tokens // batch
+
+
+def _beams() -> int:
+    """How often transformers' ``generate``, if it is what called, has each row stand side by side."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith("transformers."):
+            said = frame.f_locals.get("generation_config")
+            return max(getattr(said, "num_beams", None) or 1, getattr(said, "num_return_sequences", None) or 1)
+        frame = frame.f_back
+    return 1
