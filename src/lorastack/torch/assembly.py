@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ from lorastack.torch.prepared import Prepared
 from lorastack.torch.saved import Patch
 from lorastack.torch.scales import Scales
 
+T = TypeVar("T")
+
 Live = LiveLayer | LiveParameter
 Adapters = Sequence[tuple[LoadedLora | LoraAdapter, float]]
 
@@ -40,6 +42,17 @@ class Report:
         lines = [f"{name}: {len(weights)} weights attached" for name, weights in self.matched.items()]
         lines += [f"{name}: left out: {line}" for name, rest in self.missing.items() for line in rest]
         return "\n".join([*lines, f"{self.nbytes / 2**20:.1f} MiB of factors"])
+
+
+class _State(NamedTuple):
+    """What an assembly was before a change."""
+
+    layers: list[tuple[str, Live, bool, dict[str, Any]]]
+    candidates: list[Candidate]
+    patches: list[list[Patch]]
+    entries: list[Entry]
+    report: Report
+    scales: Any
 
 
 class Assembly:
@@ -67,54 +80,38 @@ class Assembly:
         """The layers that rows can be told apart at."""
         return [layer for layer in self.layers.values() if isinstance(layer, LiveLayer)]
 
-    def add(self, adapters: Adapters) -> None:
-        """Attach several adapters; either all of them or, when something does not fit, none."""
+    def add(self, adapters: Adapters) -> str:
+        """Attach several adapters, all or, when something does not fit, none; returns the last one's name."""
         self._check_places()
-        candidates, prepared, patches, missing = self.prepare(adapters)
-        with self.whole("an adapter is attached"):
-            first = len(self.candidates)
-            for entry, parts in enumerate(prepared, first):
-                for part in parts:
-                    layer = self.layers.get(part.place.name)
-                    if layer is None:
-                        layer = self.layers[part.place.name] = self._layer_for(part)
-                    layer.add(entry, part)
-            self.candidates += candidates
-            self.patches += patches
-            self.report.missing |= missing
-            self._settle()
+        ready = self.prepare(adapters)
+        return self._whole("an adapter is attached", partial(self._put_on, *ready))
 
-    def remove(self, position: int) -> None:
-        """Take one adapter off."""
-        with self.whole("an adapter is taken off"):
-            self._take_out(position)
-            self._settle()
+    def remove(self, position: int) -> tuple[LoadedLora | LoraAdapter, float]:
+        """Take one adapter off; returns it with its scale."""
+        return self._whole("an adapter is taken off", partial(self._put_off, position))
 
-    def replace(self, position: int, adapter: LoadedLora | LoraAdapter, scale: float) -> None:
-        """Put another adapter in place of one; it comes on top."""
+    def replace(self, position: int, adapter: LoadedLora | LoraAdapter, scale: float) -> str:
+        """Put another adapter in place of one; it comes on top, and its name is returned."""
         self._check_places()
-        candidates, prepared, patches, missing = self.prepare([(adapter, scale)], without=position)
-        with self.whole("an adapter is replaced"):
+        ready = self.prepare([(adapter, scale)], without=position)
+
+        def change() -> str:
             self._take_out(position)
-            entry = len(self.candidates)
-            for part in prepared[0]:
-                layer = self.layers.get(part.place.name)
-                if layer is None:
-                    layer = self.layers[part.place.name] = self._layer_for(part)
-                layer.add(entry, part)
-            self.candidates += candidates
-            self.patches += patches
-            self.report.missing |= missing
-            self._settle()
+            return self._put_on(*ready)
+
+        return self._whole("an adapter is replaced", change)
 
     def set_scales(self, scales: Mapping[int, float]) -> None:
         """Other scales, by position, from the next pass on."""
         wanted = [scales.get(n, candidate.scale) for n, candidate in enumerate(self.candidates)]
         self.scales.check(wanted, self.names)
-        with self.passes.between("a scale is set"), self._undone():
+
+        def change() -> None:
             for n, scale in scales.items():
                 self.candidates[n] = replace(self.candidates[n], scale=scale)
             self._rescale()
+
+        self._whole("a scale is set", change, of_scales=True)
 
     def clear(self) -> None:
         """Take everything off."""
@@ -163,55 +160,57 @@ class Assembly:
         problems.raise_any(UnsupportedError)
         return candidates, prepared, patches, left_out
 
-    @contextlib.contextmanager
-    def whole(self, doing: str) -> Iterator[None]:
-        """A change of what is attached: between passes, and undone when anything stops it, an interrupt included."""
-        with self.passes.between(doing):
-            before = {name for name, layer in self.layers.items() if layer.attached}
-            with self._undone():
-                yield
-            after = {name for name, layer in self.layers.items() if layer.attached}
-            self.passes.version += 1
-            if before != after:
-                _say_forgotten(forget_compiled(self.model))
-
-    @contextlib.contextmanager
-    def _undone(self) -> Iterator[None]:
-        """Bring everything back when the body is left by an error of any kind."""
-        layers = [(name, layer, layer.attached, layer.state()) for name, layer in self.layers.items()]
-        kept: dict[str, Any] = {
-            "candidates": list(self.candidates),
-            "patches": list(self.patches),
-            "entries": list(self.entries),
-            "report": replace(self.report, missing=dict(self.report.missing), matched=dict(self.report.matched)),
-            "scales": self.scales.state(),
-        }
+    def _whole(self, doing: str, change: Callable[[], T], of_scales: bool = False) -> T:
+        """Make a change between passes; whatever stops it, an interrupt included, everything is as it was before."""
+        state = self._state()
         try:
-            yield
+            with self.passes.between(doing):
+                before = {name for name, layer in self.layers.items() if layer.attached}
+                made = change()
+                if not of_scales:
+                    self.passes.version += 1
+                    if before != {name for name, layer in self.layers.items() if layer.attached}:
+                        _say_forgotten(forget_compiled(self.model))
+                return made
         except BaseException:
-            old = {id(layer) for _, layer, *_ in layers}
-            for layer in [layer for layer in self.layers.values() if id(layer) not in old]:
-                layer.detach()
-            for patch in {id(p): p for group in (*self.patches, *kept["patches"]) for p in group}.values():
-                patch.detach()
-            for entry in [entry for entry in self.entries if entry not in kept["entries"]]:
-                entry.detach()
-            self.layers = {name: layer for name, layer, *_ in layers}
-            self.candidates, self.patches, self.entries = kept["candidates"], kept["patches"], kept["entries"]
-            self.report = kept["report"]
-            self.scales.restore(kept["scales"])
-            for _, layer, attached, state in layers:
-                layer.detach()
-                layer.restore(state)
-                if attached:
-                    layer.attach_again()
-            for patch in [patch for group in self.patches for patch in group]:
-                patch.attach()
-            self.scales.write([candidate.scale for candidate in self.candidates])
-            for layer in self.layers.values():
-                if layer.needs_refresh:
-                    layer.refresh()
+            self.passes.release()
+            with self.passes.between(doing):
+                self._bring_back(state)
             raise
+
+    def _state(self) -> _State:
+        return _State(
+            [(name, layer, layer.attached, layer.state()) for name, layer in self.layers.items()],
+            list(self.candidates),
+            list(self.patches),
+            list(self.entries),
+            replace(self.report, missing=dict(self.report.missing), matched=dict(self.report.matched)),
+            self.scales.state(),
+        )
+
+    def _bring_back(self, state: _State) -> None:
+        old = {id(layer) for _, layer, *_ in state.layers}
+        for layer in [layer for layer in self.layers.values() if id(layer) not in old]:
+            layer.detach()
+        for patch in {id(p): p for group in (*self.patches, *state.patches) for p in group}.values():
+            patch.detach()
+        for entry in [entry for entry in self.entries if entry not in state.entries]:
+            entry.detach()
+        self.layers = {name: layer for name, layer, *_ in state.layers}
+        self.candidates, self.patches = list(state.candidates), list(state.patches)
+        self.entries, self.report = list(state.entries), state.report
+        self.scales.restore(state.scales)
+        for _, layer, attached, own in state.layers:
+            layer.detach()
+            layer.restore(own)
+            if attached:
+                layer.attach_again()
+        for entry in self.entries:
+            entry.attach()
+        for patch in [patch for group in self.patches for patch in group]:
+            patch.attach()
+        self.passes.version += 1
+        self._rescale()
 
     def _check_places(self) -> None:
         """UnsupportedError when a module that is hooked is no longer the model's: what it gets has no effect."""
@@ -233,6 +232,32 @@ class Assembly:
         if part.place.kind == "parameter":
             return LiveParameter(part.place, dtype)
         return LiveLayer(part.place, dtype, self.passes)
+
+    def _put_on(
+        self,
+        candidates: list[Candidate],
+        prepared: list[list[Prepared]],
+        patches: list[list[Patch]],
+        missing: dict[str, list[str]],
+    ) -> str:
+        first = len(self.candidates)
+        for entry, parts in enumerate(prepared, first):
+            for part in parts:
+                layer = self.layers.get(part.place.name)
+                if layer is None:
+                    layer = self.layers[part.place.name] = self._layer_for(part)
+                layer.add(entry, part)
+        self.candidates += candidates
+        self.patches += patches
+        self.report.missing |= missing
+        self._settle()
+        return self.names[-1] if self.candidates else ""
+
+    def _put_off(self, position: int) -> tuple[LoadedLora | LoraAdapter, float]:
+        gone = self.candidates[position]
+        self._take_out(position)
+        self._settle()
+        return gone.adapter, gone.scale
 
     def _take_out(self, position: int) -> None:
         for patch in self.patches.pop(position):

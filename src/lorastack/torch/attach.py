@@ -91,9 +91,14 @@ def attach_all(
             )
     handle = Handle(model, dtype, allow_partial)
     handle._assembly.owner = handle
-    handle._assembly.add(entries)
-    ATTACHED[model] = ref(handle)
-    return handle
+    try:
+        handle._assembly.add(entries)
+        ATTACHED[model] = ref(handle)
+        return handle
+    except BaseException:
+        handle._assembly.clear()
+        ATTACHED.pop(model, None)
+        raise
 
 
 def detach(model: nn.Module) -> None:

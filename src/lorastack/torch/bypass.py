@@ -29,7 +29,8 @@ def reads_weight(parent: nn.Module, child: str) -> bool:
 def _reads(cls: type, child: str) -> bool:
     use = re.compile(rf"(?<!isinstance\()\bself\.{child}\.weight\b{_ASKS}")
     call = re.compile(rf"\bself\.{child}\(")
-    found = False
+    product = re.compile(rf"\bself\.{child}\.weight\s*@|@\s*self\.{child}\.weight\b")
+    used = called = multiplied = False
     for owner in cls.__mro__:
         if owner in (nn.Module, object):
             break
@@ -41,7 +42,8 @@ def _reads(cls: type, child: str) -> bool:
                 source = inspect.getsource(function)
             except (OSError, TypeError):
                 continue
-            if call.search(source):
-                return False  # one of several ways to compute; `Handle.unused` tells when it was the other
-            found = found or use.search(source) is not None
-    return found
+            used = used or use.search(source) is not None
+            called = called or call.search(source) is not None
+            multiplied = multiplied or product.search(source) is not None
+    # Where it is called too, kernels are handed the weight on some devices; `Handle.unused` tells when they were.
+    return multiplied or (used and not called)

@@ -17,10 +17,14 @@ class Entry:
         self.passes, self.number, self.module, self.is_root = passes, passes.number, module, is_root
         self._layers = layers
         self._enter, self._leave = eager(self._really_enter), eager(self._really_leave)
+        self._hooks = (self._enter, self._leave, self._begin, self._end)
         self._handles: list[Any] = []
 
     def attach(self) -> None:
         """Set the hooks. Those of the whole model run outside of compiled code, those inside are traced with it."""
+        if len(self._handles) == 2:
+            return
+        self.detach()
         begin, end = (self._enter, self._leave) if self.is_root else (self._begin, self._end)
         register = self.module.register_forward_pre_hook
         self._handles.append(register(begin, with_kwargs=True, prepend=True))
@@ -30,6 +34,9 @@ class Entry:
         """Take the hooks off."""
         while self._handles:
             self._handles.pop().remove()
+        for hooks in (self.module._forward_pre_hooks, self.module._forward_hooks):  # one that an interrupt left
+            for key in [key for key, hook in hooks.items() if hook in self._hooks]:
+                hooks.pop(key)
 
     def __deepcopy__(self, memo: Any) -> Entry:
         return self  # a hook that goes along when a model is copied

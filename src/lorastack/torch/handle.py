@@ -128,33 +128,25 @@ class Handle:
             Listing everything that does not fit; nothing is changed then.
         """
         self._check_free("push()")
-        self._assembly.add([(adapter, _checked(scale))])
-        return self.names[-1]
+        return self._assembly.add([(adapter, _checked(scale))])
 
     def pop(self) -> tuple[LoadedLora | LoraAdapter, float] | None:
         """Take the last adapter off and return it with its scale; None when there is none."""
         self._check_free("pop()")
-        if not self._assembly.candidates:
-            return None
-        last = self._assembly.candidates[-1]
-        self._assembly.remove(len(self._assembly.candidates) - 1)
-        return last.adapter, last.scale
+        last = len(self._assembly.candidates) - 1
+        return self._assembly.remove(last) if last >= 0 else None
 
     def remove(self, name: str) -> tuple[LoadedLora | LoraAdapter, float]:
         """Take the adapter of that name off and return it with its scale."""
         self._check_free("remove()")
-        position = self._position(name)
-        candidate = self._assembly.candidates[position]
-        self._assembly.remove(position)
-        return candidate.adapter, candidate.scale
+        return self._assembly.remove(self._position(name))
 
     def replace(self, name: str, adapter: LoadedLora | LoraAdapter, scale: float | None = None) -> str:
         """Put another adapter in place of one, at its scale unless given; the new one comes on top."""
         self._check_free("replace()")
         position = self._position(name)
         old = self._assembly.candidates[position]
-        self._assembly.replace(position, adapter, old.scale if scale is None else _checked(scale))
-        return self.names[-1]
+        return self._assembly.replace(position, adapter, old.scale if scale is None else _checked(scale))
 
     # Rows
 

@@ -109,6 +109,13 @@ class Passes:
             CURRENT.running = running.outer
             self._end(running)
 
+    def release(self) -> None:
+        """Let passes begin again, if this thread kept them from it: an interrupt may have left `between` unfinished."""
+        with self._turn:
+            if self._changer == threading.get_ident():
+                self._changer = None
+                self._turn.notify_all()
+
     def __deepcopy__(self, memo: Any) -> Passes:
         return self  # hooks that go along when a model is copied
 
