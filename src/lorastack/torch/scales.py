@@ -55,10 +55,9 @@ class Scales:
 
         In NumPy: on a busy machine torch's threads would wait for each other longer than this takes.
         """
-        with torch.no_grad():
-            for flat, entry, scaling in self._groups:
-                table = np.array(scales or [0.0], scaling.dtype)
-                flat.copy_(torch.from_numpy(table[entry] * scaling))
+        for flat, entry, scaling in self._groups:
+            table = np.array(scales or [0.0], scaling.dtype)
+            flat.copy_(torch.from_numpy(table[entry] * scaling))
 
     def check(self, scales: Sequence[float], names: Sequence[str]) -> None:
         """ArgumentError that lists the adapters whose multipliers are infinite in the type that a layer computes in."""
