@@ -13,6 +13,7 @@ from rich.table import Table
 from lorastack.base import open_base
 from lorastack.cli.options import Base, Ignore, Rename, parse_renames
 from lorastack.errors import LoraStackError
+from lorastack.files import bytes_in_words
 from lorastack.formats import load
 from lorastack.inspect import Inspection, inspect
 
@@ -68,7 +69,7 @@ def _print(found: list[Inspection]) -> None:
         "scaling": [_few(one.scalings) for one in found],
         "types": [", ".join(one.dtypes) for one in found],
         "parameters": [f"{one.parameters:,}" for one in found],
-        "size": [_bytes(one.size) for one in found],
+        "size": ["" if one.size is None else bytes_in_words(one.size) for one in found],
         "made of": ["a recipe (--json shows it)" if one.recipe else "" for one in found],
     }
     for label, cells in rows.items():
@@ -87,12 +88,3 @@ def _print(found: list[Inspection]) -> None:
 def _few(values: list[int] | list[float]) -> str:
     text = [f"{value:g}" for value in values]
     return ", ".join(text) if len(text) <= 6 else f"{text[0]} to {text[-1]} ({len(text)} values)"
-
-
-def _bytes(size: int | None) -> str:
-    if size is None:
-        return ""
-    for unit, step in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= step:
-            return f"{size / step:.1f} {unit}"
-    return f"{size} bytes"

@@ -16,7 +16,7 @@ from lorastack.formats import gguf, peft
 from lorastack.formats.gguf_save import save_gguf
 from lorastack.formats.peft_config import CONFIG_NAME, read_config
 from lorastack.formats.peft_save import save_peft
-from lorastack.formats.provenance import Provenance
+from lorastack.formats.provenance import Provenance, sources_of
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.hub import resolve
 
@@ -84,7 +84,8 @@ def save(
     dtype
         ``"f32"``, ``"f16"``, ``"bf16"`` or (GGUF) ``"q8_0"``; each factor keeps its own when not given.
     force
-        Replace an output that exists.
+        Replace an output that exists: a file, or a folder that holds an adapter and nothing else; never one that
+        ``lora`` was made of.
     recipe
         Keep in the file's metadata what the adapter was made of: sources, their sha256, scales.
     architecture
@@ -97,7 +98,7 @@ def save(
     FormatError
         Listing everything that the format cannot hold; nothing is written then.
     ArgumentError
-        When the output exists and ``force`` is not set.
+        When the output exists and ``force`` is not set, or it is nothing to replace.
     """
     path = Path(path)
     if path.suffix in (".safetensors", ".bin"):
@@ -112,7 +113,7 @@ def save(
             )
         lora = replace(lora, metadata=MappingProxyType({**lora.metadata, "general.architecture": architecture}))
     write = save_gguf if as_gguf else save_peft
-    with whole_output(path, force, folder=not as_gguf) as scratch:
+    with whole_output(path, force, folder=not as_gguf, sources=sources_of(lora)) as scratch:
         write(lora, scratch, dtype, Provenance.of_lora(lora).to_toml() if recipe else None, progress)
     return path
 

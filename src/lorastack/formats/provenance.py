@@ -67,6 +67,14 @@ class Provenance:
         return tomli_w.dumps(said)
 
 
+def sources_of(lora: LoadedLora) -> list[Path]:
+    """Where it, and all that it was made of, was loaded from; its base too, if that is a path."""
+    parts = [part for whole, _ in lora.origin or ((lora, 1.0),) for part, _ in _leaves(whole, 1.0)]
+    found = [source for one in (lora, *parts) if (source := one.source)]
+    bases = (one.metadata.get("base_model_name_or_path") for one in (lora, *parts))
+    return [*dict.fromkeys((*found, *(Path(base) for base in bases if isinstance(base, str) and base)))]
+
+
 def hashes(lora: LoadedLora) -> dict[str, str]:
     """File name -> sha256 of every file the adapter was loaded from."""
     if lora.source is None:
