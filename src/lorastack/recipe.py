@@ -98,6 +98,11 @@ class Recipe(Provenance):
             raise ArgumentError(f"the recipes name different bases: {named}{ways(MIXED[0])}")
         return Recipe(tuple(ingredients), bases[0] if bases else None)
 
+    @property
+    def sources(self) -> list[str]:
+        """What it is made of: adapters and the base, as they are named."""
+        return [*(one.source for one in self.ingredients), *([self.base] if self.base else [])]
+
     def seen_from(self, folder: Path, also_absolute: bool = False) -> Recipe:
         """With paths relative to ``folder``: a file written there works from anywhere, and moves along with them.
 
@@ -250,6 +255,11 @@ def load(
 def load_stack(words: Iterable[str], **options: Any) -> LoraStack:
     """The stack of ``FILE:SCALE`` words and recipes; options as in `Recipe.stack`."""
     return Recipe.of_words(words).stack(**options)
+
+
+def recipe_files(words: Iterable[str]) -> list[str]:
+    """The recipes among ``FILE:SCALE`` words."""
+    return [source for word in words if (source := parse_entry(word)[0]).endswith(".toml")]
 
 
 def _located(source: str, folder: Path | None) -> str:

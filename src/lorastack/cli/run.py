@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import orjson
 import typer
 
+from lorastack.cli.console import echo
 from lorastack.cli.options import AllowNonfinite, DropExtras, Ignore, Rename, parse_renames
-from lorastack.errors import ArgumentError, require
+from lorastack.errors import ArgumentError, printable, require
 from lorastack.mixture import parse_entry
 from lorastack.recipe import Recipe
 
@@ -91,14 +92,19 @@ def run(
     if entries:
         handle = attach_all(model, entries, allow_partial=allow_partial)
         for name, lines in handle.report.missing.items():
-            typer.echo(f"{name}: left out {len(lines)} weights, such as: {lines[0]}", err=True)
+            echo(f"{name}: left out {len(lines)} weights, such as: {lines[0]}", err=True)
     inputs = encode(tokenizer, [text for _, text in asked], chat, system)
     if len(asked) == 1 and num_beams == 1 and not rows:
         from transformers import TextStreamer
 
         if not chat:
-            typer.echo(asked[0][1], nl=False)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            echo(asked[0][1], end="", prose=True)
+
+        class Shown(TextStreamer):  # type: ignore[misc]
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                echo(text, end="\n" if stream_end else "", prose=True)  # a model may write what a terminal obeys
+
+        streamer = Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
         generate(model, tokenizer, inputs, handle, streamer=streamer, **options)
         return
     mixtures = [mixture or {} for mixture, _ in asked] if rows else None
@@ -107,8 +113,8 @@ def run(
     ):
         if rows:
             said = " ".join(f"{name}:{scale:g}" for name, scale in (mixture or {}).items()) or "base"
-            typer.secho(f"[{said}]", bold=True)
-        typer.echo(more.strip() if chat else text + more)
+            typer.secho(printable(f"[{said}]"), bold=True)
+        echo(more.strip() if chat else text + more, prose=True)
 
 
 def parse_rows(word: str) -> list[tuple[dict[str, float] | None, str]]:

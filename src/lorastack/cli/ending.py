@@ -1,0 +1,52 @@
+"""How a command ends that does not end well: an error in one line, an exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from lorastack.cli.console import say_error
+from lorastack.errors import LoraStackError
+
+
+def run_to_its_end(command: Callable[[], object]) -> None:
+    """Run it; errors are printed plainly and exit with 1, signals that end a process exit as it would."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: it stays so
+            signal.signal(number, _end)
+    try:
+        command()
+    except LoraStackError as error:
+        say_error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if (words := _words(error)) is None:
+            raise
+        say_error(words)
+    else:
+        return
+    sys.exit(1)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    # Outputs are context managers, which clean up on their way out; a second signal must not end that.
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+def _words(error: Exception) -> str | None:
+    """What the system or Python ran into, in a plain word; None for what is a mistake of ours, with its traceback."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error or type(error).__name__}"
+    if isinstance(error, UnicodeError):
+        return f"a text cannot be read or written: {error}"
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory{f': {error}' if str(error) else ''}"
+    if isinstance(error, RecursionError):
+        return "something here is nested too deep"
+    return None
