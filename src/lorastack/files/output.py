@@ -12,7 +12,7 @@ from pathlib import Path
 from lorastack.errors import ArgumentError, LoraStackError, shown
 from lorastack.files.moves import move_new, swap
 from lorastack.files.partials import Partial, partial_beside, sweep
-from lorastack.files.regular import bytes_in_words, kind_of, reason, status_of
+from lorastack.files.regular import bytes_in_words, kind_of, local, reason, status_of
 from lorastack.ways import FORCE, ways
 
 #: What was replaced is said here, at the level INFO; the command shows it.
@@ -111,7 +111,7 @@ def _source_of(target: Path, sources: Sources) -> str | Path | None:
     """The source that would be lost with ``target``: it, one in it or around it, be it through links."""
     resolved, inodes = target.resolve(), _inodes(target)
     for source in sources:
-        path = Path(source).expanduser() if str(source).startswith("~/") else Path(source)
+        path = local(str(source))
         try:
             if not path.exists():  # a hub id, or one in memory
                 continue

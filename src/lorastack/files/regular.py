@@ -38,6 +38,22 @@ def status_of(path: Path, error: type[LoraStackError] = FormatError) -> os.stat_
         raise error(f"{shown(str(path))}: it cannot be looked at: {reason(problem)}") from problem
 
 
+def local(given: str) -> Path:
+    """The path that a word names, its ``~`` spelt out where there is such a user."""
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        return Path(given)
+
+
+def present(path: Path) -> bool:
+    """Whether something is there; not where a name could be none, or may not be looked at."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def open_regular(path: Path, error: type[LoraStackError] = FormatError) -> BinaryIO:
     """Open for reading what is a regular file, or leads to one.
 
