@@ -327,11 +327,8 @@ def _ingredient(n: int, table: dict[str, Any], folder: Path | None, problems: Pr
     steps: list[tuple[str, Any]] = [(key, table[key]) for key in ("select", "scales") if key in table]
     said = table.get("steps", [])
     for step in said if isinstance(said, list) else [said]:
-        steps += (
-            list(step.items())
-            if isinstance(step, dict)
-            else [(step[:80] if isinstance(step, str) else shown(step), None)]
-        )
+        word = step if isinstance(step, str) else shown(step)
+        steps += list(step.items()) if isinstance(step, dict) else [(word[:80], None)]
     for step, value in steps:
         if not _good_step(step, value):
             problems.add(

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from lorastack.files.output import OutputError, check_output, whole_output
-from lorastack.files.regular import bytes_in_words, kind_of, local, open_regular, present, read_regular, status_of
+from lorastack.files.regular import (
+    below,
+    bytes_in_words,
+    kind_of,
+    local,
+    open_regular,
+    present,
+    read_head,
+    read_regular,
+    status_of,
+)
 
 __all__ = [
     "OutputError",
+    "below",
     "bytes_in_words",
     "check_output",
     "kind_of",
     "local",
     "open_regular",
     "present",
+    "read_head",
     "read_regular",
     "status_of",
     "whole_output",

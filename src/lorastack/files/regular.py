@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import BinaryIO
 
 from lorastack.errors import FormatError, LoraStackError, shown
 
+#: Of folders that are looked through.
+MAX_ENTRIES = 20_000
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFREG: "a file",
@@ -91,6 +94,37 @@ def read_regular(path: Path, most: int, error: type[LoraStackError] = FormatErro
     if size > most or len(content) > most:
         raise error(f"{path}: it has {max(size, len(content)):,} bytes, at most {most:,} are read")
     return content
+
+
+def read_head(path: Path, count: int) -> bytes:
+    """The first bytes of a regular file."""
+    with open_regular(path) as file:
+        try:
+            return file.read(count)
+        except OSError as problem:
+            raise FormatError(f"{path}: it cannot be read: {reason(problem)}") from problem
+
+
+def below(folder: Path, depth: int) -> list[Path]:
+    """The regular files in a folder, and ``depth - 1`` folders down; links are not followed down, and not all is seen.
+
+    A folder may be the whole disk; what may not be looked into, or goes away meanwhile, is passed over.
+    """
+    found: list[Path] = []
+    level, seen = [folder], 0
+    for _ in range(depth):
+        deeper: list[Path] = []
+        for place in level:
+            with contextlib.suppress(OSError), os.scandir(place) as entries:
+                for entry in entries:
+                    if (seen := seen + 1) > MAX_ENTRIES:
+                        return found
+                    if entry.is_file():
+                        found.append(Path(entry.path))
+                    elif entry.is_dir(follow_symlinks=False):
+                        deeper.append(Path(entry.path))
+        level = deeper
+    return found
 
 
 def reason(problem: BaseException) -> str:

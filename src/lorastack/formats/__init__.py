@@ -11,7 +11,7 @@ from typing import Any
 
 from lorastack.core.adapter import LoadedLora
 from lorastack.errors import ArgumentError, FormatError
-from lorastack.files import whole_output
+from lorastack.files import below, read_head, whole_output
 from lorastack.formats import gguf, peft
 from lorastack.formats.gguf_save import save_gguf
 from lorastack.formats.peft_config import CONFIG_NAME, read_config
@@ -19,6 +19,9 @@ from lorastack.formats.peft_save import save_peft
 from lorastack.formats.provenance import Provenance, sources_of
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.hub import resolve
+
+#: How far below a folder adapters are looked for, to name them.
+MAX_DEPTH = 4
 
 
 def load(
@@ -121,10 +124,10 @@ def save(
 def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:
     if (folder / CONFIG_NAME).is_file():
         return peft.load(folder, _peft_config(folder), name, allow_nonfinite, ignore)
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".gguf", ".safetensors") and p.is_file())
+    files = sorted(p for p in below(folder, 1) if p.suffix in (".gguf", ".safetensors"))
     if len(files) == 1 and not (folder / "config.json").exists():
         return _load_file(files[0], name, allow_nonfinite, ignore)
-    inside = sorted(p.parent for p in folder.glob("*/**/" + CONFIG_NAME))[:50]
+    inside = sorted(p.parent for p in below(folder, MAX_DEPTH) if p.name == CONFIG_NAME)[:50]
     if inside:
         raise FormatError(
             f"{folder}: it holds several adapters; load one of them",
@@ -137,8 +140,7 @@ def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: 
 
 
 def _load_file(path: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:
-    with path.open("rb") as file:
-        head = file.read(64)
+    head = read_head(path, 64)
     if head[:4] == b"GGUF":
         return gguf.load(path, name, allow_nonfinite)
     if path.name in (CONFIG_NAME, peft.WEIGHTS, peft.OLD_WEIGHTS) and (path.parent / CONFIG_NAME).is_file():
