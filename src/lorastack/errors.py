@@ -45,6 +45,12 @@ def printable(text: str, escaped: Callable[[int], str] = _escaped, prose: bool =
     return (_OBEYED if prose else _UNSEEN).sub(lambda found: escaped(ord(found[0])), text)
 
 
+def _readable(message: str) -> str:
+    """A message without control characters, in lines that somebody can read: a name may have a megabyte."""
+    lines = printable(message).split("\n")
+    return "\n".join(line if len(line) <= 3000 else f"{line[:1500]} ... {line[-1000:]}" for line in lines)
+
+
 class LoraStackError(Exception):
     """Base of every error this package raises on purpose.
 
@@ -52,8 +58,8 @@ class LoraStackError(Exception):
     """
 
     def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
-        self.problems = tuple(printable(problem) for problem in problems)
-        super().__init__("\n  - ".join([printable(message), *self.problems]))
+        self.problems = tuple(_readable(problem) for problem in problems)
+        super().__init__("\n  - ".join([_readable(message), *self.problems]))
 
 
 class FormatError(LoraStackError):

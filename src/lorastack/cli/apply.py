@@ -24,7 +24,7 @@ from lorastack.cli.options import (
 )
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, UnknownNameError
-from lorastack.files import check_output, whole_output
+from lorastack.files import check_output, open_regular, whole_output
 from lorastack.recipe import Recipe, recipe_files
 
 
@@ -73,10 +73,15 @@ def apply(
 
 
 def _read_array(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ArgumentError(f"{path}: cannot be read as a .npy array: {error}") from error
+    with open_regular(path, ArgumentError) as file:
+        try:
+            array = np.load(file, allow_pickle=False)
+        except Exception as error:  # a header is Python's syntax, a shape may be any number, a zip archive anything
+            raise ArgumentError(f"{path}: cannot be read as a .npy array: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        kind = array.dtype if isinstance(array, np.ndarray) else "several arrays"
+        raise ArgumentError(f"{path}: it has {kind}, expected one array of numbers")
+    return array
 
 
 def _out_features(stack: LoraStack, tensor: str) -> int:

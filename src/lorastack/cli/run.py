@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +13,12 @@ import typer
 from lorastack.cli.console import echo
 from lorastack.cli.options import AllowNonfinite, DropExtras, Ignore, Rename, parse_renames
 from lorastack.errors import ArgumentError, printable, require
+from lorastack.files import read_regular
 from lorastack.mixture import parse_entry
 from lorastack.recipe import Recipe
+
+#: A file of rows, which all become one batch, has less.
+MAX_ROWS = 1 << 26
 
 
 def run(
@@ -133,18 +138,16 @@ def parse_rows(word: str) -> list[tuple[dict[str, float] | None, str]]:
 
 def _rows_of_file(path: Path) -> list[tuple[dict[str, float] | None, str]]:
     found: list[tuple[dict[str, float] | None, str]] = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ArgumentError(f"{path}: the rows cannot be read: {error.strerror}") from error
+    lines = read_regular(path, MAX_ROWS, ArgumentError).splitlines()
     for number, line in enumerate(lines, 1):
         try:
             said = orjson.loads(line) if line.strip() else None
             if said is not None:
-                found.append(
-                    ({str(name): float(scale) for name, scale in said.get("adapters", {}).items()}, said["prompt"])
-                )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                scales = {str(name): float(scale) for name, scale in said.get("adapters", {}).items()}
+                if not isinstance(said["prompt"], str) or not all(map(math.isfinite, scales.values())):
+                    raise ValueError("prompt is a text, scales are finite numbers")
+                found.append((scales, said["prompt"]))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ArgumentError(
                 f'{path}, line {number}: expected {{"prompt": "...", "adapters": {{"zara": 1.0}}}} ({error})'
             ) from error

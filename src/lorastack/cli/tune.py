@@ -15,11 +15,14 @@ from rich.table import Table
 from lorastack.cli.console import echo_json, plain
 from lorastack.cli.options import AllowNonfinite, DropExtras, Force, Ignore, Rename, parse_renames
 from lorastack.errors import ArgumentError, Problems, require
-from lorastack.files import check_output, whole_output
+from lorastack.files import check_output, read_regular, whole_output
 from lorastack.recipe import Recipe, recipe_files
 
 if TYPE_CHECKING:
     from lorastack.torch import Tuned
+
+#: A file of texts to foretell, which are all read at once.
+MAX_TEXT = 1 << 28
 
 
 def tune(
@@ -127,8 +130,8 @@ def _check_outputs(output: Path | None, plot: Path | None, force: bool, sources:
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in read_regular(file, MAX_TEXT, ArgumentError).decode("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
         raise ArgumentError(f"{file}: the texts cannot be read: {error}") from error
     if not any(lines):
         raise ArgumentError(f"{file}: it has no text; write one passage on each line")

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lorastack.core.adapter import LoadedLora
-from lorastack.errors import ArgumentError, FormatError
+from lorastack.errors import ArgumentError, FormatError, shown
 from lorastack.files import below, read_head, whole_output
 from lorastack.formats import gguf, peft
 from lorastack.formats.gguf_save import save_gguf
@@ -19,6 +19,7 @@ from lorastack.formats.peft_save import save_peft
 from lorastack.formats.provenance import Provenance, sources_of
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.hub import resolve
+from lorastack.ways import drop_extras, ways
 
 #: How far below a folder adapters are looked for, to name them.
 MAX_DEPTH = 4
@@ -115,10 +116,21 @@ def save(
                 + (f"{lora.name} says {said!r}" if as_gguf else "a PEFT folder has no such field")
             )
         lora = replace(lora, metadata=MappingProxyType({**lora.metadata, "general.architecture": architecture}))
+    _check_tokens(lora)
     write = save_gguf if as_gguf else save_peft
     with whole_output(path, force, folder=not as_gguf, sources=sources_of(lora)) as scratch:
         write(lora, scratch, dtype, Provenance.of_lora(lora).to_toml() if recipe else None, progress)
     return path
+
+
+def _check_tokens(lora: LoadedLora) -> None:
+    """An activated LoRA acts after tokens, which are numbers of a vocabulary."""
+    tokens = lora.extras.get("alora", {}).get("invocation_tokens", ())
+    if not isinstance(tokens, (tuple, list)) or not all(type(token) is int and 0 <= token < 2**32 for token in tokens):
+        raise FormatError(
+            f"{lora.name} cannot be written: its invocation tokens are {shown(tokens)}, expected numbers of tokens"
+            + ways(drop_extras("alora"))
+        )
 
 
 def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:

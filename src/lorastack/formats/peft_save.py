@@ -14,6 +14,7 @@ import orjson
 from lorastack.core import dtypes
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
+from lorastack.core.dtypes import FLOAT32_MAX
 from lorastack.core.extras import KINDS
 from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, Problems
@@ -59,6 +60,8 @@ def _check(lora: LoadedLora) -> None:
     for name, delta in lora.adapters.items():
         if delta.kind != "experts" and not name.endswith(".weight"):
             problems.add(f"weight {name}: its name does not end with .weight, which PEFT's modules have")
+        if not abs(delta.scaling) * delta.rank <= FLOAT32_MAX:
+            problems.add(f"weight {name}: its scaling {delta.scaling:g} takes an alpha of more than float32 holds")
     for name in lora.extras.get("norm", {}):
         problems.add(f"norm: {KINDS['norm']}, {name}{ways(drop_extras('norm'))}")
     problems.raise_any(FormatError)
@@ -96,9 +99,12 @@ def _config_of_extras(lora: LoadedLora) -> dict[str, Any]:
         "lora_bias": bool(extras.get("lora_bias")),
         "bias": said.get("bias", "none") if extras.get("bias") else "none",
     }
-    if extras.get("modules_to_save") and said.get("modules_to_save"):
+    if extras.get("modules_to_save") and isinstance(said.get("modules_to_save"), list):
         owners = {f".{name.rpartition('.')[0]}." for name in extras["modules_to_save"]}
-        config["modules_to_save"] = [m for m in said["modules_to_save"] if any(f".{m}." in owner for owner in owners)]
+        modules = [m for m in said["modules_to_save"] if isinstance(m, str)]
+        config["modules_to_save"] = [m for m in modules if any(f".{m}." in owner for owner in owners)]
+            m for m in said["modules_to_save"] if isinstance(m, str) and any(f".{m}." in owner for owner in owners)
+        ]
     if extras.get("new_tokens"):
         config["trainable_token_indices"] = said.get("trainable_token_indices")
     if tokens := extras.get("alora", {}).get("invocation_tokens"):
@@ -131,7 +137,7 @@ def _tidy(alpha: float, scaling: float, divisor: float) -> float:
 
 
 def _whole(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value
+    return int(value) if float(value).is_integer() and abs(value) < 2**53 else value
 
 
 def pattern_key(name: str) -> str:
