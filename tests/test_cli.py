@@ -179,7 +179,7 @@ def test_apply_says_what_is_wrong(lorastack: Command) -> None:
     assert "no adapter has a weight 'blk.0.attn_qq.weight'; the nearest of 28 are: blk.0.attn_q.weight, " in said
     assert "x has 5 features, this delta takes 64" in lorastack.fails(*with_(x_npy="narrow.npy"))
     assert "objects.npy: cannot be read as a .npy array: " in lorastack.fails(*with_(x_npy="objects.npy"))
-    assert "no.npy: cannot be read as a .npy array: " in lorastack.fails(*with_(x_npy="no.npy"))
+    assert "no.npy: there is no such file" in lorastack.fails(*with_(x_npy="no.npy"))
     assert "y.npy exists; choose another name" in lorastack.fails(*with_(z_npy="y.npy"))
     assert "the folder no does not exist; create it first" in lorastack.fails(*with_(z_npy="no/y.npy"))
     assert "'much' is no scale; write FILE:SCALE" in lorastack.fails(*with_(excited_gguf="excited.gguf:much"))

@@ -17,7 +17,7 @@ from lorastack.core.delta import LoraDelta
 from lorastack.core.dtypes import FLOAT32_MAX
 from lorastack.core.extras import KINDS
 from lorastack.core.factor import Factor
-from lorastack.errors import FormatError, Problems
+from lorastack.errors import FormatError, Problems, shown
 from lorastack.formats.peft import PREFIX, RECIPE_KEY, WEIGHTS
 from lorastack.formats.peft_config import CONFIG_NAME
 from lorastack.formats.safetensors_save import Entry, write_safetensors
@@ -62,6 +62,9 @@ def _check(lora: LoadedLora) -> None:
             problems.add(f"weight {name}: its name does not end with .weight, which PEFT's modules have")
         if not abs(delta.scaling) * delta.rank <= FLOAT32_MAX:
             problems.add(f"weight {name}: its scaling {delta.scaling:g} takes an alpha of more than float32 holds")
+    named = lora.metadata.get("modules_to_save")
+    if lora.extras.get("modules_to_save") and named is not None and not isinstance(named, list):
+        problems.add(f"modules_to_save is {shown(named)}, expected names{ways(drop_extras('modules_to_save'))}")
     for name in lora.extras.get("norm", {}):
         problems.add(f"norm: {KINDS['norm']}, {name}{ways(drop_extras('norm'))}")
     problems.raise_any(FormatError)
@@ -103,8 +106,6 @@ def _config_of_extras(lora: LoadedLora) -> dict[str, Any]:
         owners = {f".{name.rpartition('.')[0]}." for name in extras["modules_to_save"]}
         modules = [m for m in said["modules_to_save"] if isinstance(m, str)]
         config["modules_to_save"] = [m for m in modules if any(f".{m}." in owner for owner in owners)]
-            m for m in said["modules_to_save"] if isinstance(m, str) and any(f".{m}." in owner for owner in owners)
-        ]
     if extras.get("new_tokens"):
         config["trainable_token_indices"] = said.get("trainable_token_indices")
     if tokens := extras.get("alora", {}).get("invocation_tokens"):
