@@ -114,7 +114,7 @@ def test_inputs_that_are_no_regular_files_are_refused(tmp_path: Path) -> None:
         (lambda: load(pipe("r.toml")), "it is a pipe"),
         (lambda: load(tmp_path / "zero.toml"), "it is a device"),
         (lambda: load(tmp_path / "sparse.toml"), "at most 1,048,576 are read"),
-        (lambda: load(tmp_path), "it has no adapter_config.json"),
+        (lambda: load(tmp_path), "it has no adapter_config"),
         (lambda: open_base(pipe("base/config.json").parent), "it is a pipe"),
         (lambda: open_base(pipe("base.gguf")), "it is a pipe"),
         (lambda: parse_rows(str(pipe("rows.jsonl"))), "it is a pipe"),
@@ -155,7 +155,7 @@ def test_a_folder_is_looked_through_to_a_depth_and_a_number(tmp_path: Path, monk
         load(tmp_path)
     assert caught.value.problems == (str(tmp_path / "a/b"),)
     monkeypatch.setattr(regular, "MAX_ENTRIES", 1)
-    with pytest.raises(FormatError, match="it has no adapter_config.json"):
+    with pytest.raises(FormatError, match=r"it has no adapter_config\.json"):
         load(tmp_path)
 
 
