@@ -13,10 +13,11 @@ from lorastack.errors import LoraStackError
 
 def run_to_its_end(command: Callable[[], object]) -> None:
     """Run it; errors are printed plainly and exit with 1, signals that end a process exit as it would."""
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: it stays so
-            signal.signal(number, _end)
+    known = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+    # nohup ignores SIGHUP: it stays so.
+    taken = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _end)
     try:
         command()
     except LoraStackError as error:
@@ -29,6 +30,9 @@ def run_to_its_end(command: Callable[[], object]) -> None:
         say_error(words)
     else:
         return
+    finally:
+        for number in taken:  # whoever called this goes on with the handlers it had
+            signal.signal(number, signal.SIG_DFL)
     sys.exit(1)
 
 
