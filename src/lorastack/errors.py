@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -22,6 +23,34 @@ def shown(value: object) -> str:
     return _REPR.repr(value)
 
 
+_CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069"
+#: What a terminal obeys: controls but line end and tab, overrides of direction; halves of pairs cannot be written.
+_OBEYED = re.compile(f"[{_CONTROLS}]")
+#: And what nobody sees in a name, of which two could look the same; text may have it.
+_UNSEEN = re.compile(f"[{_CONTROLS}\u061c\u200b\u200e\u200f\u2028\u2029\u2060-\u206f\ufeff\U000e0000-\U000e007f]")
+
+
+def _escaped(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def printable(text: str, escaped: Callable[[int], str] = _escaped, prose: bool = False) -> str:
+    """A text out of a file or a name as a terminal may show it: what it would obey is spelt out.
+
+    ``prose``, which a model wrote, keeps the marks that some scripts are written with.
+
+    >>> printable("a\\tb\\x1b[2J\\u202ec")
+    'a\\tb\\\\x1b[2J\\\\u202ec'
+    """
+    return (_OBEYED if prose else _UNSEEN).sub(lambda found: escaped(ord(found[0])), text)
+
+
+def _readable(message: str) -> str:
+    """A message without control characters, in lines that somebody can read: a name may have a megabyte."""
+    lines = printable(message).split("\n")
+    return "\n".join(line if len(line) <= 3000 else f"{line[:1500]} ... {line[-1000:]}" for line in lines)
+
+
 class LoraStackError(Exception):
     """Base of every error this package raises on purpose.
 
@@ -29,8 +58,8 @@ class LoraStackError(Exception):
     """
 
     def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n  - ".join([message, *self.problems]))
+        self.problems = tuple(_readable(problem) for problem in problems)
+        super().__init__("\n  - ".join([_readable(message), *self.problems]))
 
 
 class FormatError(LoraStackError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
 from lorastack.errors import FormatError
+from lorastack.files import local, status_of
 
 #: owner/name, then a folder inside, then a revision.
 _HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)((?:/[\w][\w.-]*)*)(?:@([\w][\w./-]*))?")
@@ -22,13 +24,16 @@ def resolve(given: str, subfolder: str | None = None, patterns: tuple[str, ...] 
     FormatError
         When there is no such path, and no such repository can be had.
     """
-    local = Path(given).expanduser() if given.startswith("~") else Path(given)
-    if local.exists():
-        return local if subfolder is None else _inside(local, subfolder)
+    path = local(given)
+    if status_of(path) is not None:
+        return path if subfolder is None else _inside(path, subfolder)
     match = _HUB_ID.fullmatch(given)
     if not match or given.startswith((".", "/", "~")) or given.endswith((".gguf", ".safetensors", ".bin")):
         raise FormatError(f"{given}: there is no such file or folder")
     repository, inner, revision = match.groups()
+    # The client looks a revision up as a path in its cache, and ".." would lead out of it.
+    if revision and any(part in ("", ".", "..") for part in revision.split("/")):
+        raise FormatError(f"{given}: {revision} is no revision; give a branch, a tag or a commit")
     inner = "/".join(part for part in (inner.strip("/"), subfolder) if part)
     folder = _snapshot(given, repository, revision, [f"{inner}/{p}" if inner else p for p in patterns])
     if not inner and _CONFIG in patterns and (inner := _lone_subfolder(folder)):
@@ -47,9 +52,9 @@ def _lone_subfolder(folder: Path) -> str | None:
 
 def _inside(folder: Path, subfolder: str) -> Path:
     path = folder / subfolder
-    if not path.exists():
-        there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-        raise FormatError(f"{folder} has no {subfolder}; it has {', '.join(there[:20]) or 'nothing'}")
+    if status_of(path) is None:
+        there = sorted(path.name for path in itertools.islice(folder.iterdir(), 20)) if folder.is_dir() else []
+        raise FormatError(f"{folder} has no {subfolder}; it has {', '.join(there) or 'nothing'}")
     return path
 
 

@@ -13,6 +13,7 @@ from lorastack.base.fit import misfits
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.dtypes import nonfinite_count
 from lorastack.core.extras import HARMLESS, KINDS
+from lorastack.errors import shown
 from lorastack.formats.peft import NOTES_KEY
 
 #: adapter_config.json fields that most adapters leave at these values; others are worth a word.
@@ -68,8 +69,8 @@ def inspect(lora: LoadedLora, base: BaseModel | None = None) -> Inspection:
         name=lora.name,
         path=str(lora.source) if lora.source else None,
         format={"gguf": "GGUF", "hf": "PEFT"}.get(lora.naming, "in memory") if lora.source else "in memory",
-        base=lora.metadata.get("base_model_name_or_path") or None,
-        architecture=lora.metadata.get("general.architecture"),
+        base=_text(lora.metadata.get("base_model_name_or_path")),
+        architecture=_text(lora.metadata.get("general.architecture")),
         weights=len(deltas),
         modules=list(dict.fromkeys(name.removesuffix(".weight").rpartition(".")[2] for name in deltas)),
         ranks=sorted({delta.rank for delta in deltas.values()}),
@@ -81,8 +82,13 @@ def inspect(lora: LoadedLora, base: BaseModel | None = None) -> Inspection:
         extras={kind: len(values) for kind, values in lora.extras.items()},
         odd=_odd(lora),
         misfits=None if base is None else misfits(lora, base),
-        recipe=lora.metadata.get("lorastack.recipe"),
+        recipe=_text(lora.metadata.get("lorastack.recipe")),
     )
+
+
+def _text(value: object) -> str | None:
+    """A field that should be a text."""
+    return value if isinstance(value, str) and value else None if not value else shown(value)
 
 
 def _odd(lora: LoadedLora) -> list[str]:
@@ -90,8 +96,7 @@ def _odd(lora: LoadedLora) -> list[str]:
     for field, usual in _USUAL.items():
         value = lora.metadata.get(field)
         if value not in usual:
-            text = str(value)
-            found.append(f"{field} is {text if len(text) < 60 else text[:57] + '...'}")
+            found.append(f"{field} is {_text(value) or shown(value)}"[:140])
     for kind, values in lora.extras.items():
         if kind not in HARMLESS:
             found.append(f"{len(values)} {kind}: {KINDS[kind]}")

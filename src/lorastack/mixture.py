@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from lorastack.errors import ArgumentError
+from lorastack.errors import ArgumentError, shown
+from lorastack.files import present
 
 
 def parse_entry(word: str) -> tuple[str, float]:
@@ -22,7 +23,7 @@ def parse_entry(word: str) -> tuple[str, float]:
         When the scale is no finite number.
     """
     path, colon, tail = word.rpartition(":")
-    if not colon or not path or Path(word).exists():
+    if not colon or not path or present(Path(word)):
         return word, 1.0
     try:
         scale = float(tail)
@@ -30,7 +31,9 @@ def parse_entry(word: str) -> tuple[str, float]:
         # C:\loras\zara.gguf and C:/loras/zara.gguf: the colon of a drive
         if len(path) == 1 and path.isalpha() and tail[:1] in ("\\", "/"):
             return word, 1.0
-        raise ArgumentError(f"{word!r}: {tail!r} is no scale; write FILE:SCALE, as in {path}:0.7") from None
+        raise ArgumentError(
+            f"{shown(word)}: {shown(tail)} is no scale; write FILE:SCALE, as in {path[:80]}:0.7"
+        ) from None
     if not math.isfinite(scale):
-        raise ArgumentError(f"{word!r}: a scale is a finite number, got {tail}")
+        raise ArgumentError(f"{shown(word)}: a scale is a finite number, got {tail[:80]}")
     return path, scale

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
-import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +12,19 @@ from typing import Any
 from lorastack import formats
 from lorastack.base import BaseModel, convert_names, open_base
 from lorastack.core.adapter import LoadedLora
+from lorastack.core.patterns import FirstMatch, PatternError
 from lorastack.core.stack import LoraStack
 from lorastack.core.target import Naming
-from lorastack.errors import ArgumentError, LoraStackError, Problems
+from lorastack.errors import ArgumentError, LoraStackError, Problems, shown
+from lorastack.files import local, present
 from lorastack.formats.provenance import Ingredient, Provenance, hashes
 from lorastack.mixture import parse_entry
+from lorastack.recipe_text import read_text, values_of
 from lorastack.ways import BASE, MIXED, ways
 
+#: How deep recipes may lie within recipes, and what may come of them in all: two in each of thirty make a thousand
+#: million adapters.
+MAX_DEPTH, MAX_INGREDIENTS, MAX_STEPS = 16, 10_000, 100_000
 _ADAPTER_KEYS = {"source", "scale", "name", "select", "scales", "steps", "sha256"}
 _STEPS = {"select", "scales", "names", "rename", "without_extras"}
 
@@ -35,18 +39,12 @@ class Recipe(Provenance):
 
         A ``base`` takes the place of those that recipes name.
         """
-        return cls(tuple(Ingredient(*parse_entry(word)) for word in words))._unfolded(base=base)
+        return _Unfolding().unfold(cls(tuple(Ingredient(*parse_entry(word)) for word in words)), base=base)
 
     @classmethod
-    def read(cls, path: Path, within: tuple[Path, ...] = ()) -> Recipe:
-        """From a TOML file; paths in it are relative to its folder. ``within`` are the recipes that it is part of."""
-        if path.resolve() in within:
-            raise ArgumentError(f"{path}: the recipe is part of itself")
-        try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ArgumentError(f"{path}: the recipe cannot be read: {error}") from error
-        return cls.parse(text, str(path), path.parent)._unfolded((*within, path.resolve()))
+    def read(cls, path: Path) -> Recipe:
+        """From a TOML file; paths in it are relative to its folder."""
+        return _Unfolding().read(path)
 
     @classmethod
     def parse(cls, text: str, label: str, folder: Path | None = None) -> Recipe:
@@ -57,46 +55,25 @@ class Recipe(Provenance):
         ArgumentError
             Listing everything that is wrong with it.
         """
-        try:
-            said = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ArgumentError(f"{label}: it is no TOML: {error}") from error
+        said = values_of(text, label)
         problems = Problems(f"{label} is no recipe")
         tables = said.get("adapter")
         for key in sorted(set(said) - {"adapter", "base", "lorastack"}):
-            problems.add(f"key {key!r} is not known; there are base and [[adapter]]")
+            problems.add(f"key {shown(key)} is not known; there are base and [[adapter]]")
         if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
             problems.add("it has no [[adapter]] with a source")
             tables = []
         ingredients = [one for n, t in enumerate(tables) if (one := _ingredient(n, t, folder, problems))]
         base = said.get("base")
         if base is not None and not isinstance(base, str):
-            problems.add(f"base is {base!r}, expected a path or hub id")
+            problems.add(f"base is {shown(base)}, expected a path or hub id")
         problems.raise_any(ArgumentError)
         return cls(tuple(ingredients), _located(base, folder) if base else None)
 
-    def _unfolded(self, within: tuple[Path, ...] = (), base: str | None = None) -> Recipe:
-        """With the ingredients of every recipe among its own, times that one's scale."""
-        ingredients: list[Ingredient] = []
-        bases = [self.base] if self.base else []
-        for one in self.ingredients:
-            if not one.source.endswith(".toml"):
-                ingredients.append(one)
-                continue
-            if one.name or one.sha256:
-                raise ArgumentError(
-                    f"{one.source}: it is a recipe, which has adapters and no name or sha256 of its own"
-                )
-            inner = Recipe.read(Path(one.source), within)
-            bases += [inner.base] if inner.base else []
-            ingredients += [
-                replace(i, scale=i.scale * one.scale, steps=(*i.steps, *one.steps)) for i in inner.ingredients
-            ]
-        bases = [base] if base else bases
-        if len(set(bases)) > 1:
-            named = ", ".join(dict.fromkeys(bases))
-            raise ArgumentError(f"the recipes name different bases: {named}{ways(MIXED[0])}")
-        return Recipe(tuple(ingredients), bases[0] if bases else None)
+    @property
+    def sources(self) -> list[str]:
+        """What it is made of: adapters and the base, as they are named."""
+        return [*(one.source for one in self.ingredients), *([self.base] if self.base else [])]
 
     def seen_from(self, folder: Path, also_absolute: bool = False) -> Recipe:
         """With paths relative to ``folder``: a file written there works from anywhere, and moves along with them.
@@ -105,8 +82,8 @@ class Recipe(Provenance):
         """
 
         def located(source: str) -> str:
-            path = Path(source).expanduser()
-            if not path.exists() or (Path(source).is_absolute() and not also_absolute):
+            path = local(source)
+            if not present(path) or (Path(source).is_absolute() and not also_absolute):
                 return source
             try:
                 return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
@@ -170,6 +147,76 @@ class Recipe(Provenance):
         return _renamed(loaded, rename or {})
 
 
+class _Unfolding:
+    """Recipes within recipes as one list of adapters: each file is read once, and what comes of it is counted."""
+
+    def __init__(self) -> None:
+        self._within: list[Path] = []
+        self._read: dict[Path, tuple[Recipe, int]] = {}
+        self._height = 0
+
+    def read(self, path: Path) -> Recipe:
+        """The recipe in this file."""
+        place = _resolved(path)
+        if place in self._within:
+            raise ArgumentError(f"{path}: the recipe is part of itself")
+        if place not in self._read:
+            if len(self._within) >= MAX_DEPTH:
+                raise ArgumentError(f"{path}: recipes are within each other more than {MAX_DEPTH} deep")
+            self._within.append(place)
+            recipe = self.unfold(Recipe.parse(read_text(path), str(path), path.parent))
+            self._within.pop()
+            self._read[place] = recipe, self._height
+        recipe, self._height = self._read[place]
+        return recipe
+
+    def unfold(self, recipe: Recipe, base: str | None = None) -> Recipe:
+        """With the ingredients of every recipe among its own, times that one's scale."""
+        ingredients: list[Ingredient] = []
+        bases = [recipe.base] if recipe.base else []
+        height = steps = 0
+        for one in recipe.ingredients:
+            if one.source.endswith(".toml"):
+                if one.name or one.sha256:
+                    raise ArgumentError(
+                        f"{one.source}: it is a recipe, which has adapters and no name or sha256 of its own"
+                    )
+                inner = self.read(Path(one.source))
+                height = max(height, self._height)
+                bases += [inner.base] if inner.base else []
+                new = [_within(i, one) for i in inner.ingredients]
+            else:
+                new = [one]
+            ingredients += new
+            steps += sum(len(i.steps) for i in new)
+            if len(ingredients) > MAX_INGREDIENTS or steps > MAX_STEPS:
+                raise ArgumentError(
+                    f"the recipes make more than {MAX_INGREDIENTS:,} adapters, or {MAX_STEPS:,} steps, in all"
+                )
+        self._height = height + 1
+        if self._height > MAX_DEPTH + 1:
+            raise ArgumentError(f"recipes are within each other more than {MAX_DEPTH} deep")
+        bases = [base] if base else bases
+        if len(set(bases)) > 1:
+            named = ", ".join(dict.fromkeys(bases))
+            raise ArgumentError(f"the recipes name different bases: {named}{ways(MIXED[0])}")
+        return Recipe(tuple(ingredients), bases[0] if bases else None)
+
+
+def _within(one: Ingredient, outer: Ingredient) -> Ingredient:
+    scale = one.scale * outer.scale
+    if not math.isfinite(scale):
+        raise ArgumentError(f"{outer.source}: {one.source} gets the scale {one.scale:g} * {outer.scale:g}, too large")
+    return replace(one, scale=scale, steps=(*one.steps, *outer.steps))
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a ring of links among them
+        raise ArgumentError(f"{shown(str(path))}: the recipe cannot be read: {error}") from error
+
+
 def _renamed(loaded: list[tuple[LoadedLora, float]], rename: Mapping[str, str]) -> list[tuple[LoadedLora, float]]:
     """The adapters with the front of their weights' names replaced, each by what it has of ``rename``."""
     own = [{old: new for old, new in rename.items() if lora.has_front(old)} for lora, _ in loaded]
@@ -193,7 +240,7 @@ def _load(one: Ingredient, allow_nonfinite: bool, ignore: Collection[str], base:
             lora = lora.select(value)
             if not lora.adapters:
                 raise ArgumentError(
-                    f"{one.source}: no weight matches {value!r}; its weights are named like {', '.join(names)}"
+                    f"{one.source}: no weight matches {shown(value)}; its weights are named like {', '.join(names)}"
                 )
         elif step == "scales":
             lora = lora.scaled(value)
@@ -202,7 +249,9 @@ def _load(one: Ingredient, allow_nonfinite: bool, ignore: Collection[str], base:
         elif step == "without_extras":
             lora = lora.without_extras(*value)
         elif base is None:
-            raise ArgumentError(f"{one.source}: names are converted to {value!r}, which needs the base{ways(BASE)}")
+            raise ArgumentError(
+                f"{one.source}: names are converted to {shown(value)}, which needs the base{ways(BASE)}"
+            )
         else:
             lora = convert_names(lora, base, value)
     return lora
@@ -252,8 +301,13 @@ def load_stack(words: Iterable[str], **options: Any) -> LoraStack:
     return Recipe.of_words(words).stack(**options)
 
 
+def recipe_files(words: Iterable[str]) -> list[str]:
+    """The recipes among ``FILE:SCALE`` words."""
+    return [source for word in words if (source := parse_entry(word)[0]).endswith(".toml")]
+
+
 def _located(source: str, folder: Path | None) -> str:
-    if folder is not None and not Path(source).is_absolute() and (folder / source).exists():
+    if folder is not None and not Path(source).is_absolute() and present(folder / source):
         return str(folder / source)
     return source
 
@@ -262,24 +316,27 @@ def _ingredient(n: int, table: dict[str, Any], folder: Path | None, problems: Pr
     where = f"adapter {n + 1}"
     before = len(problems.lines)
     for key in sorted(set(table) - _ADAPTER_KEYS):
-        problems.add(f"{where}: key {key!r} is not known; there are {', '.join(sorted(_ADAPTER_KEYS))}")
+        problems.add(f"{where}: key {shown(key)} is not known; there are {', '.join(sorted(_ADAPTER_KEYS))}")
     source, scale, name = table.get("source"), table.get("scale", 1.0), table.get("name")
     if not isinstance(source, str) or not source:
-        problems.add(f"{where}: source is {source!r}, expected a path or hub id")
+        problems.add(f"{where}: source is {shown(source)}, expected a path or hub id")
     if not _finite(scale):
-        problems.add(f"{where}: scale is {scale!r}, expected a finite number")
+        problems.add(f"{where}: scale is {shown(scale)}, expected a finite number")
     if name is not None and not isinstance(name, str):
-        problems.add(f"{where}: name is {name!r}, expected text")
+        problems.add(f"{where}: name is {shown(name)}, expected text")
     steps: list[tuple[str, Any]] = [(key, table[key]) for key in ("select", "scales") if key in table]
     said = table.get("steps", [])
     for step in said if isinstance(said, list) else [said]:
-        steps += list(step.items()) if isinstance(step, dict) else [(str(step), None)]
+        word = step if isinstance(step, str) else shown(step)
+        steps += list(step.items()) if isinstance(step, dict) else [(word[:80], None)]
     for step, value in steps:
         if not _good_step(step, value):
-            problems.add(f"{where}: step {step} = {value!r} has no meaning; there are {', '.join(sorted(_STEPS))}")
+            problems.add(
+                f"{where}: step {step[:80]} = {shown(value)} has no meaning; there are {', '.join(sorted(_STEPS))}"
+            )
     sums = table.get("sha256", {})
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
-        problems.add(f"{where}: sha256 is {sums!r}, expected file names with hashes")
+        problems.add(f"{where}: sha256 is {shown(sums)}, expected file names with hashes")
     if len(problems.lines) > before:
         return None
     return Ingredient(_located(str(source), folder), float(scale), name, tuple(steps), tuple(sorted(sums.items())))
@@ -287,9 +344,9 @@ def _ingredient(n: int, table: dict[str, Any], folder: Path | None, problems: Pr
 
 def _good_step(step: str, value: Any) -> bool:
     if step == "scales":
-        return isinstance(value, dict) and all(_finite(f) and _good_pattern(p) for p, f in value.items())
+        return isinstance(value, dict) and all(map(_finite, value.values())) and _good_patterns(value)
     if step == "select":
-        return isinstance(value, str) and _good_pattern(value)
+        return isinstance(value, str) and _good_patterns([value])
     if step == "rename":
         return isinstance(value, dict) and all(isinstance(new, str) for new in value.values())
     if step == "names":
@@ -297,10 +354,10 @@ def _good_step(step: str, value: Any) -> bool:
     return step == "without_extras" and isinstance(value, list) and all(isinstance(kind, str) for kind in value)
 
 
-def _good_pattern(pattern: str) -> bool:
+def _good_patterns(patterns: Iterable[str]) -> bool:
     try:
-        return not pattern.startswith("re:") or bool(re.compile(pattern[3:]))
-    except re.error:
+        return bool(FirstMatch(patterns))
+    except PatternError:
         return False
 
 

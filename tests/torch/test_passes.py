@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import itertools
 import sys
 import threading
 import warnings
@@ -220,7 +221,7 @@ def test_two_generations_interleave() -> None:
         one.join()
     sys.setswitchinterval(5e-3)
     assert all(torch.equal(found[name], expected[name]) for name in "ab")
-    changes = sum(one != two for one, two in zip(order, order[1:], strict=False))
+    changes = sum(one != two for one, two in itertools.pairwise(order))
     assert sorted(order) == ["a"] * 40 + ["b"] * 40
     assert changes > 4, "one generation ran after the other"
 
@@ -254,9 +255,12 @@ def test_a_layer_that_gets_another_batch_is_refused() -> None:
             return self.one(x.transpose(0, 1))
 
     model = Mixed()
-    with attach(model, adapter_for({"one.weight": (8, 8)})) as handle, handle.rows([{"made": 1.0}] * 2):
-        with pytest.raises(ShapeError, match=r"a layer got \[4, 2, 8\], in a pass of 2 rows; its rows cannot be told"):
-            model(torch.randn(2, 4, 8))
+    with (
+        attach(model, adapter_for({"one.weight": (8, 8)})) as handle,
+        handle.rows([{"made": 1.0}] * 2),
+        pytest.raises(ShapeError, match=r"a layer got \[4, 2, 8\], in a pass of 2 rows; its rows cannot be told"),
+    ):
+        model(torch.randn(2, 4, 8))
 
 
 def test_packed_rows_follow_logits_to_keep() -> None:

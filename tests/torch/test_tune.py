@@ -379,6 +379,6 @@ def test_the_command_refuses_texts_it_cannot_read(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
-    for file, message in (("empty.txt", "it has no text"), ("missing.txt", "the texts cannot be read")):
+    for file, message in (("empty.txt", "it has no text"), ("missing.txt", "there is no such file")):
         assert run(monkeypatch, "tune", demo / "base", demo / "luna", "--text", tmp_path / file) == 1
         assert message in capsys.readouterr().err

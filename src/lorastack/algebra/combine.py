@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from lorastack.algebra.cut import Cut, Loss, relative_errors
-from lorastack.algebra.lowrank import Svd, delta_of, flat_shape, matrices, svd
+from lorastack.algebra.lowrank import Svd, check_scales, delta_of, flat_shape, matrices, svd
 from lorastack.core.delta import LoraDelta
 from lorastack.core.factor import Factor, JoinedFactor
 from lorastack.core.packed import PackedWeight, Term
@@ -23,6 +23,7 @@ def cat(terms: Sequence[Term], names: Sequence[str], common: float | None = None
     its numbers to the bit. Lazy: nothing is read. Raises ShapeError when the terms do not have one shape.
     """
     PackedWeight.check(terms, names)
+    check_scales(terms, names)
     kept = [(scale * delta.scaling, delta) for scale, delta in terms if scale * delta.scaling != 0]
     kind = terms[0][1].kind
     common = common or largest(terms) or 1.0

@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
 from lorastack.algebra.span import Span
 from lorastack.base import BaseModel
 from lorastack.errors import LoraStackError
-from lorastack.files import whole_output
+from lorastack.files import open_regular, present, whole_output
 
 #: Singular values of the base below this part of its largest are zero: their vectors could be any others.
 _NOTHING = 1e-6
@@ -184,11 +183,17 @@ def _key(files: Sequence[Path], name: str, number: int, shape: tuple[int, ...]) 
 
 
 def _read(path: Path) -> LeftVectors | None:
+    if not present(path):
+        return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return LeftVectors(file["u"], file["sigma"])
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        return None  # none there yet, or a damaged one: it is made anew
+        with open_regular(path) as opened, np.load(opened, allow_pickle=False) as file:
+            left = LeftVectors(file["u"], file["sigma"])
+    except Exception:  # whatever a damaged byte makes of a zip archive: encryption, methods and versions not known
+        return None  # a damaged one is made anew
+    whole = (
+        left.u.ndim == 2 and left.sigma.shape == left.u.shape[1:] and left.u.dtype.kind == left.sigma.dtype.kind == "f"
+    )
+    return left if whole and np.isfinite(left.u).all() and np.isfinite(left.sigma).all() else None
 
 
 def _write(path: Path, left: LeftVectors) -> LeftVectors:

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.linalg import LinAlgError
 
 from lorastack.core.delta import LoraDelta, read_all
+from lorastack.core.dtypes import FLOAT32_MAX
 from lorastack.core.factor import Factor
 from lorastack.core.packed import PackedWeight, Term
+from lorastack.errors import ArgumentError, Problems
 
 #: Where R reaches this part of min(in, out), an SVD of the product itself is cheaper (benchmarks/algebra.py).
 DENSE_FROM = 0.9
@@ -53,6 +55,7 @@ def matrices(terms: Sequence[Term], names: Sequence[str] = ()) -> list[Matrix]:
         Listing every factor that holds NaN or Inf.
     """
     PackedWeight.check(terms, names or [f"adapter {n}" for n in range(len(terms))])
+    check_scales(terms, names)
     active = [(scale, delta) for scale, delta in terms if scale * delta.scaling != 0]
     read_all([delta for _, delta in active])
     kept = [_flat(delta, scale * delta.scaling) for scale, delta in active]
@@ -63,6 +66,33 @@ def matrices(terms: Sequence[Term], names: Sequence[str] = ()) -> list[Matrix]:
         Matrix(np.concatenate([part.b for part in parts], 1), np.concatenate([part.a for part in parts]))
         for parts in zip(*kept, strict=True)
     ]
+
+
+def check_scales(terms: Sequence[Term], names: Sequence[str] = ()) -> None:
+    """Refuse scales that float32 does not hold, times the adapter's own scaling: their squares would be infinite.
+
+    Raises
+    ------
+    ArgumentError
+        Listing each.
+    """
+    problems = Problems("the scales are too large")
+    for n, (scale, delta) in enumerate(terms):
+        if not abs(scale * delta.scaling) <= FLOAT32_MAX:
+            name = names[n] if names else f"adapter {n}"
+            problems.add(f"{name}: scale {scale:g} times its scaling {delta.scaling:g} is more than float32 holds")
+    problems.raise_any(ArgumentError)
+
+
+def narrowed(x: np.ndarray) -> np.ndarray:
+    """In float32, which has to hold it."""
+    with np.errstate(over="ignore"):
+        narrow = x.astype(np.float32)
+    if not np.isfinite(narrow).all():
+        raise ArgumentError(
+            f"the sum has entries of {np.abs(x).max():.3g}, more than float32 holds; give smaller scales"
+        )
+    return narrow
 
 
 def flat_shape(delta: LoraDelta) -> tuple[int, int, int]:
@@ -90,7 +120,7 @@ def delta_of(parts: Sequence[Matrix], like: LoraDelta, stored: str | None = None
     a = np.zeros((len(parts), rank, n_in), np.float32)
     b = np.zeros((len(parts), out, rank), np.float32)
     for n, part in enumerate(parts):
-        a[n, : part.rank], b[n, :, : part.rank] = part.a, part.b
+        a[n, : part.rank], b[n, :, : part.rank] = narrowed(part.a), narrowed(part.b)
     shape_a, shape_b = (factor.shape for factor in like.factors)
     if like.kind != "experts":
         a, b = a.reshape(rank, *shape_a[1:]), b.reshape(out, rank, *shape_b[2:])

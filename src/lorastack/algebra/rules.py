@@ -61,12 +61,15 @@ def thresholds(chunks: Chunks, parts: int, density: float) -> list[float]:
     for part, entries in chunks():
         upper[part] += np.bincount(_bits(entries) >> 16, minlength=1 << 15)
     keep = [max(1, round(density * int(counts.sum()))) for counts in upper]
+    # A part without entries (an untrained adapter has no directions) has nothing to trim: any threshold will do.
+    upper[upper.sum(1) == 0, 0] = 1
     bins = [_bin_of(counts, n) for counts, n in zip(upper, keep, strict=True)]
     lower = np.zeros((parts, 1 << 16), np.int64)
     for part, entries in chunks():
         bits = _bits(entries)
         lower[part] += np.bincount(bits[bits >> 16 == bins[part][0]] & 0xFFFF, minlength=1 << 16)
     found = []
+    lower[lower.sum(1) == 0, 0] = 1
     for (top, above), counts, n in zip(bins, lower, keep, strict=True):
         low, _ = _bin_of(counts, n - above)
         found.append(float(np.uint32(top << 16 | low).view(np.float32)))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lorastack.algebra.lowrank import Matrix, basis, svd
+from lorastack.algebra.lowrank import Matrix, basis, narrowed, svd
 from lorastack.algebra.tiles import row_blocks
 
 #: Directions with less than this part of the largest singular value are float64's rounding.
@@ -36,7 +36,7 @@ def dense(updates: Sequence[Matrix]) -> Coordinates:
 
     def blocks() -> Iterator[tuple[slice, list[np.ndarray]]]:
         for rows in row_blocks(shape):
-            yield rows, [(update.b[rows] @ update.a).astype(np.float32) for update in updates]
+            yield rows, [narrowed(update.b[rows] @ update.a) for update in updates]
 
     return Coordinates(shape, blocks, None)
 
@@ -73,7 +73,7 @@ SPACES: dict[str, Callable[[Sequence[Matrix]], Coordinates]] = {"dense": dense, 
 
 
 def _whole(parts: list[np.ndarray], back: Callable[[np.ndarray], Matrix]) -> Coordinates:
-    narrow = [part.astype(np.float32) for part in parts]
+    narrow = [narrowed(part) for part in parts]
     rows = slice(0, parts[0].shape[0])
     return Coordinates(parts[0].shape, lambda: iter([(rows, narrow)]), lambda merged: back(merged.astype(np.float64)))
 

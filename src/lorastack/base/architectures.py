@@ -103,6 +103,18 @@ def row_order(arch: Architecture, gguf_name: str, heads: int, kv_heads: int, to:
     return None
 
 
+def rows_misfit(arch: Architecture, gguf_name: str, heads: int, kv_heads: int, rows: int) -> str | None:
+    """Why the rows of that weight cannot be moved; None where they can, or stay."""
+    stem = gguf_name.removesuffix(".weight").rpartition(".")[2]
+    if arch.rows == "rotary" and stem in ("attn_q", "attn_k"):
+        count, parts, what = heads if stem == "attn_q" else kv_heads, 2, "heads of two halves"
+    elif arch.rows == "fused" and stem == "attn_qkv":
+        count, parts, what = heads, 3, "heads of three parts"
+    else:
+        return None
+    return f"its {rows} rows are no {count} {what}" if rows % (count * parts) else None
+
+
 def _swap(heads: int, first: int, second: int) -> Permute:
     """``[heads, first, second, ...] -> [heads, second, first, ...]``; -1 is what is left."""
 

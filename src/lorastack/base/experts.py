@@ -16,7 +16,7 @@ from lorastack.core.delta import LoraDelta
 from lorastack.core.factor import Factor
 from lorastack.errors import Failures, ShapeError
 
-_SINGLE = re.compile(r"(?P<block>.+\.experts)\.(?P<number>\d+)\.(?P<layer>[a-z0-9_]+)\.weight")
+_SINGLE = re.compile(r"(?P<block>.+\.experts)\.(?P<number>\d{1,9})\.(?P<layer>[a-z0-9_]+)\.weight")
 _FUSED = re.compile(r"(?P<block>.+\.experts)\.(?P<parameter>gate_up_proj|down_proj)")
 #: What one expert's layers are called, by what they are.
 LAYERS = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}

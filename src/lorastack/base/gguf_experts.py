@@ -13,8 +13,8 @@ from lorastack.base.settle import settle
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
 
-_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
-_LAYER = re.compile(r".*\.layers\.(\d+)\..+")
+_TENSOR = re.compile(r"blk\.(\d{1,9})\.ffn_(gate|up|down)_exps\.weight")
+_LAYER = re.compile(r".*\.layers\.(\d{1,9})\..+")
 
 
 def gguf_experts(lora: LoadedLora, base: BaseModel) -> LoadedLora:

@@ -15,7 +15,10 @@ from lorastack.base.spelling import TEXT_PARTS, other_spellings
 from lorastack.base.tables import Rename, live_names
 from lorastack.core.delta import LoraDelta
 from lorastack.core.target import Naming
-from lorastack.errors import FormatError, ShapeError, UnknownNameError, UnsupportedError
+from lorastack.errors import FormatError, ShapeError, UnknownNameError, UnsupportedError, shown
+
+#: No model has more blocks, nor more heads in one.
+MAX_LAYERS, MAX_HEADS = 1_000, 65_536
 
 
 @dataclass(frozen=True)
@@ -139,17 +142,17 @@ class BaseModel:
     @property
     def layers(self) -> int:
         """How many blocks the model has."""
-        return self._number("block_count", "num_hidden_layers", "n_layer", "num_layers")
+        return self._number("block_count", "num_hidden_layers", "n_layer", "num_layers", most=MAX_LAYERS)
 
     @property
     def heads(self) -> int:
         """Attention heads."""
-        return self._number("attention.head_count", "num_attention_heads", "n_head")
+        return self._number("attention.head_count", "num_attention_heads", "n_head", most=MAX_HEADS)
 
     @property
     def kv_heads(self) -> int:
         """Key/value heads; as many as heads when the configuration names none."""
-        return self._number("attention.head_count_kv", "num_key_value_heads", default=self.heads)
+        return self._number("attention.head_count_kv", "num_key_value_heads", most=MAX_HEADS, default=self.heads)
 
     @property
     def quantised(self) -> bool:
@@ -231,14 +234,19 @@ class BaseModel:
         gpt2 = self.naming == "hf" and self.architecture_name in ("GPT2LMHeadModel", "GPT2Model")
         return gpt2 and name != "lm_head.weight"
 
-    def _number(self, gguf_key: str, *hf_keys: str, default: int | None = None) -> int:
+    def _number(self, gguf_key: str, *hf_keys: str, most: int, default: int | None = None) -> int:
         keys = [f"{self.architecture_name}.{gguf_key}"] if self.naming == "gguf" else list(hf_keys)
         text = self.config.get("text_config")
         for said in (self.config, text if isinstance(text, dict) else {}):
             for key in keys:
                 value = said.get(key)
-                if isinstance(value, int) and value > 0:
+                if value is None:
+                    continue
+                if type(value) is int and 0 < value <= most:
                     return value
+                raise FormatError(
+                    f"base {self.name}: its configuration has {key} = {shown(value)}, expected 1 to {most:,}"
+                )
         if default is not None:
             return default
         raise FormatError(f"base {self.name}: its configuration names no {' or '.join(keys)}")

@@ -15,7 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lorastack.base.architectures import Architecture, architecture_of, row_order
+from lorastack.base.architectures import Architecture, architecture_of, row_order, rows_misfit
 from lorastack.base.gguf_experts import gguf_experts, hf_experts
 from lorastack.base.model import BaseModel
 from lorastack.base.opening import open_base
@@ -59,6 +59,7 @@ def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = N
     lora = gguf_experts(settle(lora, base), base) if to == "gguf" else hf_experts(lora, base)
     names = to_gguf_names(lora, base) if to == "gguf" else to_hf_names(lora, base)
     _check_shapes(lora, base, names)
+    _check_rows(lora, base, names if to == "gguf" else {name: name for name in names})
 
     def rows(old: str) -> Any:
         gguf_name = names[old] if to == "gguf" else old
@@ -250,6 +251,16 @@ def _check_shapes(lora: LoadedLora, base: BaseModel, names: Mapping[str, str]) -
     for old, new in names.items():
         if problem := base.misfit(old if old in base.shapes else new, lora.adapters[old]):
             problems.add(problem)
+    problems.raise_any(NamingError)
+
+
+def _check_rows(lora: LoadedLora, base: BaseModel, names: Mapping[str, str]) -> None:
+    """Rows move by heads: NamingError lists the weights that the base's number of heads does not divide."""
+    problems = Problems(f"{lora.name} does not fit base {base.name}")
+    for name, found in names.items():
+        rows = lora.adapters[name].out_features
+        if problem := rows_misfit(base.architecture, found, base.heads, base.kv_heads, rows):
+            problems.add(f"weight {name}: {problem}, which the base's configuration says it has")
     problems.raise_any(NamingError)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from lorastack.base.live_view import live_view
 from lorastack.base.model import BaseModel, Stored
-from lorastack.errors import FormatError, Problems, UnsupportedError
+from lorastack.errors import FormatError, Problems, UnsupportedError, shown
+from lorastack.files import below, present, read_head
 from lorastack.formats.gguf import open_reader
 from lorastack.formats.json_object import read_object
 from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
@@ -34,12 +35,15 @@ def open_base(path: str | Path) -> BaseModel:
     """
     given = str(path)
     where = resolve(given, patterns=_BASE_FILES)
-    if where.is_dir() and not (where / "config.json").exists():
-        files = sorted(where.glob("*.gguf"))
+    if where.is_dir() and not present(where / "config.json"):
+        files = sorted(path for path in below(where, 1) if path.suffix == ".gguf")
         if len(files) != 1:
             raise FormatError(f"base {given}: it has no config.json and {len(files)} .gguf files; name one of them")
         where = files[0]
-    return _from_folder(where, given) if where.is_dir() else _from_gguf(where, given)
+    if where.is_dir():
+        return _from_folder(where, given)
+    read_head(where, 4)  # a pipe would be waited for
+    return _from_gguf(where, given)
 
 
 def _from_gguf(path: Path, given: str) -> BaseModel:
@@ -63,6 +67,7 @@ def _dequantised(tensor: gguf.ReaderTensor, given: str) -> np.ndarray:
 
 def _from_folder(folder: Path, given: str) -> BaseModel:
     config = read_object(folder / "config.json")
+    _check_config(config, given)
     shapes: dict[str, tuple[int, ...]] = {}
     stored: dict[str, Stored] = {}
     packed = bool(config.get("quantization_config"))
@@ -75,13 +80,29 @@ def _from_folder(folder: Path, given: str) -> BaseModel:
     return live_view(given, config, shapes, stored)
 
 
+def _check_config(config: Mapping[str, Any], given: str) -> None:
+    """The fields that names depend on; the rest is looked at when it is used."""
+    problems = Problems(f"base {given}: its config.json is damaged")
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        problems.add(f"architectures is {shown(names)}, expected a list of names")
+    text = config.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        problems.add(f"text_config is {shown(text)}, expected fields with values")
+    for where, said in (("", config), ("text_config.", text if isinstance(text, dict) else {})):
+        kind = said.get("model_type")
+        if kind is not None and not isinstance(kind, str):
+            problems.add(f"{where}model_type is {shown(kind)}, expected a name")
+    problems.raise_any(FormatError)
+
+
 def _weight_files(folder: Path, given: str) -> list[Path]:
     """The files that hold the weights: those of the index, the one of the usual name, or all there are."""
     index, usual = folder / _INDEX, folder / "model.safetensors"
-    if index.is_file():
+    if present(index):
         names = sorted(set(_weight_map(index, given).values()))
-        return [path for name in names if (path := folder / Path(name).name).is_file()]
-    files = [usual] if usual.is_file() else sorted(folder.glob("*.safetensors"))
+        return [path for name in names if present(path := folder / Path(name).name) and path.is_file()]
+    files = [usual] if usual.is_file() else sorted(p for p in below(folder, 1) if p.suffix == ".safetensors")
     if not files:
         raise FormatError(f"base {given}: it has no .safetensors file; convert it to safetensors")
     return files
@@ -97,7 +118,7 @@ def _floats(file: SafetensorsFile, name: str, given: str) -> np.ndarray:
 
 def _check_index(folder: Path, given: str, shapes: Mapping[str, Any]) -> None:
     index = folder / _INDEX
-    if index.is_file():
+    if present(index):
         problems = Problems(f"base {given} is incomplete")
         missing = sorted(set(_weight_map(index, given)) - set(shapes))
         if missing:

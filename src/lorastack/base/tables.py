@@ -43,8 +43,13 @@ def live_names(config: Mapping[str, Any]) -> LiveNames | None:
 
     The class is built without weights, on the meta device.
     """
-    names = config.get("architectures") or []
-    if not names or importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
+    names = config.get("architectures")
+    if (
+        not isinstance(names, list)
+        or not names
+        or importlib.util.find_spec("transformers") is None
+        or importlib.util.find_spec("torch") is None
+    ):
         return None
     import torch
     import transformers

@@ -14,8 +14,10 @@ _NAMES = ("base_model_name_or_path", "general.base_model.0.repo_url")
 _ARCHITECTURE = "general.architecture"
 #: Endings of a name that tell how the same weights are stored, or who stored them so.
 _STORED = re.compile(
-    r"([-_.](unsloth|bnb|nf4|[48]-?bits?|int[48]|fp8|gptq|awq|gguf|hqq|mlx|(i?q[2-8](_[a-z0-9]+)*)))+$"
+    r"[-_.](unsloth|bnb|nf4|[48]-?bits?|int[48]|fp8|gptq|awq|gguf|hqq|mlx|i?q[2-8](_[a-z0-9]{1,9}){0,4})$"
 )
+#: No name of a base is longer.
+_LONGEST = 400
 #: The layer's number in a weight's name.
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 #: The folder of a repository in the hub's cache, above snapshots that are named by hashes.
@@ -52,11 +54,16 @@ def base_key(name: str) -> str:
     >>> base_key("unsloth/Llama-3.2-1B-bnb-4bit"), base_key("/data/models/llama-3.2-1b/"), base_key("Org/GPT2@main")
     ('llama-3.2-1b', 'llama-3.2-1b', 'gpt2')
     """
+    if len(name) > _LONGEST:
+        return name
     path = name.replace("\\", "/").rstrip("/")
     if cached := _CACHED.search(path + "/"):
         path = cached[1]
     last = path.rpartition("/")[2].partition("@")[0].casefold().strip()
-    return _STORED.sub("", last.removesuffix(".gguf")).strip(".")
+    last = last.removesuffix(".gguf")
+    while (shorter := _STORED.sub("", last)) != last:  # one by one: an ending may be another's part
+        last = shorter
+    return last.strip(".")
 
 
 def _key(lora: LoadedLora, said: str) -> str:

@@ -11,11 +11,13 @@ from lorastack import __version__
 from lorastack.cli.apply import apply
 from lorastack.cli.bake import bake
 from lorastack.cli.compare import compare_command
+from lorastack.cli.console import saying
 from lorastack.cli.inspect import inspect_command
 from lorastack.cli.report import report
 from lorastack.cli.resize import resize
 from lorastack.cli.run import run
 from lorastack.cli.tune import tune
+from lorastack.files.output import LOG
 from lorastack.ways import command_line
 
 app = typer.Typer(
@@ -46,6 +48,7 @@ def root(
     if command := commands.get(context.invoked_subcommand):
         flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         context.with_resource(command_line(flags))  # errors speak of what this command has
+    context.with_resource(saying(LOG))
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {

@@ -10,6 +10,7 @@ import typer
 
 from lorastack.algebra.entries import check_fit, entries_of
 from lorastack.base import open_base
+from lorastack.cli.console import echo
 from lorastack.cli.options import (
     Adapters,
     AllowMixedBases,
@@ -23,8 +24,8 @@ from lorastack.cli.options import (
 )
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, UnknownNameError
-from lorastack.files import check_output, whole_output
-from lorastack.recipe import Recipe
+from lorastack.files import check_output, open_regular, whole_output
+from lorastack.recipe import Recipe, recipe_files
 
 
 def apply(
@@ -50,6 +51,8 @@ def apply(
     """
     check_output(output, force)
     recipe = Recipe.of_words(adapters, base)
+    sources: list[str | Path] = [*recipe.sources, *recipe_files(adapters), source]
+    check_output(output, force, sources)
     model = open_base(recipe.base) if recipe.base else None
     stack = recipe.stack(
         base=model,
@@ -63,17 +66,22 @@ def apply(
         check_fit(entries, model)
     x = _read_array(source)
     y = stack.apply(tensor, x, _out_features(stack, tensor))
-    with whole_output(output, force) as path, path.open("wb") as file:
+    with whole_output(output, force, sources=sources) as path, path.open("wb") as file:
         np.save(file, y)
     covering = sum(tensor in lora.adapters for lora, _ in stack.entries)
-    typer.echo(f"{output}: {y.dtype} {list(y.shape)}, the sum of {covering} of {len(stack)} adapters at {tensor}")
+    echo(f"{output}: {y.dtype} {list(y.shape)}, the sum of {covering} of {len(stack)} adapters at {tensor}")
 
 
 def _read_array(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ArgumentError(f"{path}: cannot be read as a .npy array: {error}") from error
+    with open_regular(path, ArgumentError) as file:
+        try:
+            array = np.load(file, allow_pickle=False)
+        except Exception as error:  # a header is Python's syntax, a shape may be any number, a zip archive anything
+            raise ArgumentError(f"{path}: cannot be read as a .npy array: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        kind = array.dtype if isinstance(array, np.ndarray) else "several arrays"
+        raise ArgumentError(f"{path}: it has {kind}, expected one array of numbers")
+    return array
 
 
 def _out_features(stack: LoraStack, tensor: str) -> int:

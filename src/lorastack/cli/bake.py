@@ -10,6 +10,7 @@ import typer
 
 from lorastack.algebra.bake import with_coefficient
 from lorastack.base import open_base
+from lorastack.cli.console import echo
 from lorastack.cli.cutting import Energy, Rank, Tolerance, loss_of, parse_ranks, parse_sweep
 from lorastack.cli.options import (
     Adapters,
@@ -29,7 +30,7 @@ from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError
 from lorastack.files import check_output
 from lorastack.formats import save
-from lorastack.recipe import Recipe
+from lorastack.recipe import Recipe, recipe_files
 
 
 def bake(
@@ -92,6 +93,8 @@ def bake(
         check_output(path, force)
     as_gguf = output.suffix == ".gguf"
     recipe = Recipe.of_words(adapters, base)
+    for path, _ in outputs:
+        check_output(path, force, recipe.sources + recipe_files(adapters))
     model = open_base(recipe.base) if recipe.base else None
     naming: Naming | None = ("gguf" if as_gguf else "hf") if model else None
     stack = recipe.stack(
@@ -124,9 +127,9 @@ def bake(
     for path, coefficient in outputs:
         lora = baked if coefficient is None else with_coefficient(baked, coefficient)
         _write(lora, path, dtype, force)
-        typer.echo(f"{path}: {_words(lora, len(stack))}")
+        echo(f"{path}: {_words(lora, len(stack))}")
     if loss := loss_of(baked):
-        typer.echo(loss)
+        echo(loss)
 
 
 def _outputs(output: Path, coefficients: list[float]) -> list[tuple[Path, float | None]]:

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import orjson
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lorastack.algebra.compare import INTRUDERS, SIGN_SAMPLES, Comparison, IntruderSearch, compare, verdict
 from lorastack.algebra.measure import WeightMeasure
 from lorastack.base import open_base
+from lorastack.cli.console import echo_json, plain
 from lorastack.cli.options import AllowMixedBases, Base, Ignore, Rename, parse_renames
 from lorastack.cli.progress import step_bar
 from lorastack.formats.gguf import open_reader
@@ -97,7 +96,7 @@ def compare_command(
             progress=step,
         )
     if as_json:
-        typer.echo(orjson.dumps(found.to_dict(by_weight), option=orjson.OPT_INDENT_2).decode())
+        echo_json(found.to_dict(by_weight))
         return
     _print(found, Console(highlight=False), by_weight)
 
@@ -136,13 +135,13 @@ def _print(found: Comparison, console: Console, by_weight: bool) -> None:
         console.print(f"signs were compared at a sample of {found.sign_entries:,} entries; --all-signs looks at all")
     for one in found.near_duplicates:
         console.print(
-            f"[yellow]near-duplicates:[/] {escape(one.first)} and {escape(one.second)}, cosine {one.cosine:.4f}, "
+            f"[yellow]near-duplicates:[/] {plain(one.first)} and {plain(one.second)}, cosine {one.cosine:.4f}, "
             f"the second {one.ratio:.3g} times as strong",
             soft_wrap=True,
         )
     for adapter in found.adapters:
         for line in adapter.left_out:
-            console.print(f"[yellow]{escape(adapter.name)}: left out of account:[/] {escape(line)}", soft_wrap=True)
+            console.print(f"[yellow]{plain(adapter.name)}: left out of account:[/] {plain(line)}", soft_wrap=True)
 
 
 def _adapters(found: Comparison) -> Table:
@@ -150,7 +149,7 @@ def _adapters(found: Comparison) -> Table:
                   "changes most")  # fmt: skip
     for one in found.adapters:
         table.add_row(
-            escape(one.name),
+            plain(one.name),
             f"{one.scale:g}",
             str(len(one.weights)),
             f"{one.norm:.4g}",
@@ -158,7 +157,7 @@ def _adapters(found: Comparison) -> Table:
             f"{one.stable_rank:.2f}",
             f"{one.effective_rank:.2f}",
             "-" if one.intruders is None else f"{one.intruders} of {one.examined}",
-            escape(", ".join(weight.name.removesuffix(".weight") for weight in one.strongest(2))),
+            plain(", ".join(weight.name.removesuffix(".weight") for weight in one.strongest(2))),
         )
     return table
 
@@ -173,8 +172,8 @@ def _weights(found: Comparison) -> Table:
     for name, measures in at.items():
         for adapter_name, one in measures:
             table.add_row(
-                escape(name),
-                escape(adapter_name),
+                plain(name),
+                plain(adapter_name),
                 " x ".join(map(str, one.shape)),
                 str(one.rank),
                 f"{one.norm:.4g}",
@@ -192,9 +191,9 @@ def _matrix(found: Comparison) -> Table:
     title = (
         "cosine" if shown == len(found.names) else f"cosine, the first {shown} of {len(found.names)}; --json has all"
     )
-    table = Table("", *(escape(name) for name in found.names[:shown]), title=title, title_justify="left")
+    table = Table("", *(plain(name) for name in found.names[:shown]), title=title, title_justify="left")
     for n in range(shown):
-        table.add_row(escape(found.names[n]), *(_number(value) for value in found.cosine[n, :shown]))
+        table.add_row(plain(found.names[n]), *(_number(value) for value in found.cosine[n, :shown]))
     return table
 
 
@@ -209,7 +208,7 @@ def _pairs(found: Comparison) -> Table:
     for pair in pairs[:_PAIRS]:
         word = verdict(float(found.cosine[pair]))
         table.add_row(
-            escape(f"{found.names[pair[0]]} + {found.names[pair[1]]}"),
+            plain(f"{found.names[pair[0]]} + {found.names[pair[1]]}"),
             f"[{_COLOURS[word]}]{_DO[word]}[/]",
             _number(found.cosine[pair]),
             _number(found.pileup[pair]),

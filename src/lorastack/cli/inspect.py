@@ -5,15 +5,15 @@ from __future__ import annotations
 import warnings
 from typing import Annotated
 
-import orjson
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lorastack.base import open_base
+from lorastack.cli.console import echo_json, plain, say_error
 from lorastack.cli.options import Base, Ignore, Rename, parse_renames
 from lorastack.errors import LoraStackError, LoraStackWarning
+from lorastack.files import bytes_in_words
 from lorastack.formats import load
 from lorastack.inspect import Inspection, inspect
 
@@ -49,18 +49,18 @@ def inspect_command(
         except LoraStackError as error:
             failed.append(str(error))
     if as_json:
-        typer.echo(orjson.dumps([one.to_dict() for one in found], option=orjson.OPT_INDENT_2).decode())
+        echo_json([one.to_dict() for one in found])
     elif found:
         _print(found)
     for text in failed:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(text)}")
+        say_error(text)
     if failed or any(one.misfits for one in found):
         raise typer.Exit(1)
 
 
 def _print(found: list[Inspection]) -> None:
     console = Console(highlight=False, soft_wrap=False)
-    table = Table("adapter", *(escape(one.name) for one in found), show_lines=False)
+    table = Table("adapter", *(plain(one.name) for one in found), show_lines=False)
     rows = {
         "format": [one.format for one in found],
         "base": [one.base or one.architecture or "not said" for one in found],
@@ -70,31 +70,22 @@ def _print(found: list[Inspection]) -> None:
         "scaling": [_few(one.scalings) for one in found],
         "types": [", ".join(one.dtypes) for one in found],
         "parameters": [f"{one.parameters:,}" for one in found],
-        "size": [_bytes(one.size) for one in found],
+        "size": ["" if one.size is None else bytes_in_words(one.size) for one in found],
         "made of": ["a recipe (--json shows it)" if one.recipe else "" for one in found],
     }
     for label, cells in rows.items():
         if any(cells):
-            table.add_row(label, *(escape(cell) for cell in cells))
+            table.add_row(label, *(plain(cell) for cell in cells))
     console.print(table)
     for one in found:
         for line in one.odd:
-            console.print(f"[yellow]{escape(one.name)}:[/] {escape(line)}", soft_wrap=True)
+            console.print(f"[yellow]{plain(one.name)}:[/] {plain(line)}", soft_wrap=True)
         for line in one.misfits or []:
-            console.print(f"[bold red]{escape(one.name)} does not fit:[/] {escape(line)}", soft_wrap=True)
+            console.print(f"[bold red]{plain(one.name)} does not fit:[/] {plain(line)}", soft_wrap=True)
         if one.misfits == []:
-            console.print(f"[green]{escape(one.name)} fits the base[/]", soft_wrap=True)
+            console.print(f"[green]{plain(one.name)} fits the base[/]", soft_wrap=True)
 
 
 def _few(values: list[int] | list[float]) -> str:
     text = [f"{value:g}" for value in values]
     return ", ".join(text) if len(text) <= 6 else f"{text[0]} to {text[-1]} ({len(text)} values)"
-
-
-def _bytes(size: int | None) -> str:
-    if size is None:
-        return ""
-    for unit, step in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= step:
-            return f"{size / step:.1f} {unit}"
-    return f"{size} bytes"

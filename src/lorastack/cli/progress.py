@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lorastack.cli.console import plain
+
 
 @contextlib.contextmanager
 def byte_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -15,7 +17,7 @@ def byte_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=total)
+        task = bar.add_task(plain(label), total=total)
         yield lambda done: bar.advance(task, done)
 
 
@@ -25,5 +27,5 @@ def step_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
+        task = bar.add_task(plain(label), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

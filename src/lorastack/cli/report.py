@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from lorastack.base import open_base
+from lorastack.cli.console import echo
 from lorastack.cli.options import Adapters, AllowMixedBases, Base, Force, Ignore, Rename, parse_renames
 from lorastack.cli.progress import step_bar
 from lorastack.errors import ArgumentError, require
 from lorastack.files import check_output
-from lorastack.recipe import Recipe
+from lorastack.recipe import Recipe, recipe_files
 
 
 def report(
@@ -47,6 +48,7 @@ def report(
         raise ArgumentError(f"{output}: give it a name that ends with .html")
     check_output(output, force)
     recipe = Recipe.of_words(adapters, base)
+    check_output(output, force, recipe.sources + recipe_files(adapters))
     if intruders and not recipe.base:
         raise ArgumentError("--intruders compares with the base; give it with --base")
     require("plotly", "report")
@@ -56,6 +58,4 @@ def report(
     stack = recipe.stack(base=model, ignore=ignore or (), rename=parse_renames(rename))
     with step_bar("measuring") as step:
         write(stack, output, model, force, intruders=intruders, allow_mixed_bases=allow_mixed_bases, progress=step)
-    typer.echo(
-        f"{output}: {len(stack)} adapter{'s' if len(stack) != 1 else ''}, {output.stat().st_size / 2**20:.1f} MiB"
-    )
+    echo(f"{output}: {len(stack)} adapter{'s' if len(stack) != 1 else ''}, {output.stat().st_size / 2**20:.1f} MiB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,10 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import orjson
 import typer
 
+from lorastack.cli.console import echo
 from lorastack.cli.options import AllowNonfinite, DropExtras, Ignore, Rename, parse_renames
-from lorastack.errors import ArgumentError, require
+from lorastack.errors import ArgumentError, printable, require
+from lorastack.files import read_regular
 from lorastack.mixture import parse_entry
 from lorastack.recipe import Recipe
+
+#: A file of rows, which all become one batch, has less.
+MAX_ROWS = 1 << 26
 
 if TYPE_CHECKING:
     from lorastack.torch import Handle
@@ -94,14 +100,19 @@ def run(
     if entries:
         handle = attach_all(model, entries, allow_partial=allow_partial)
         for name, lines in handle.report.missing.items():
-            typer.echo(f"{name}: left out {len(lines)} weights, such as: {lines[0]}", err=True)
+            echo(f"{name}: left out {len(lines)} weights, such as: {lines[0]}", err=True)
     inputs = encode(tokenizer, [text for _, text in asked], chat, system)
     if len(asked) == 1 and num_beams == 1 and not rows:
         from transformers import TextStreamer
 
         if not chat:
-            typer.echo(asked[0][1], nl=False)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            echo(asked[0][1], end="", prose=True)
+
+        class Shown(TextStreamer):  # type: ignore[misc]
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                echo(text, end="\n" if stream_end else "", prose=True)  # a model may write what a terminal obeys
+
+        streamer = Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
         generate(model, tokenizer, inputs, handle, streamer=streamer, **options)
         _say_unused(handle)
         return
@@ -111,15 +122,15 @@ def run(
     ):
         if rows:
             said = " ".join(f"{name}:{scale:g}" for name, scale in (mixture or {}).items()) or "base"
-            typer.secho(f"[{said}]", bold=True)
-        typer.echo(more.strip() if chat else text + more)
+            typer.secho(printable(f"[{said}]"), bold=True)
+        echo(more.strip() if chat else text + more, prose=True)
     _say_unused(handle)
 
 
 def _say_unused(handle: Handle | None) -> None:
     """Say at which weights the model was not changed: an adapter without effect would look like a weak one."""
     if handle is not None and (unused := handle.unused()):
-        typer.echo(f"warning: {unused}", err=True)
+        echo(f"warning: {unused}", err=True)
 
 
 def parse_rows(word: str) -> list[tuple[dict[str, float] | None, str]]:
@@ -138,18 +149,16 @@ def parse_rows(word: str) -> list[tuple[dict[str, float] | None, str]]:
 
 def _rows_of_file(path: Path) -> list[tuple[dict[str, float] | None, str]]:
     found: list[tuple[dict[str, float] | None, str]] = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ArgumentError(f"{path}: the rows cannot be read: {error.strerror}") from error
+    lines = read_regular(path, MAX_ROWS, ArgumentError).splitlines()
     for number, line in enumerate(lines, 1):
         try:
             said = orjson.loads(line) if line.strip() else None
             if said is not None:
-                found.append(
-                    ({str(name): float(scale) for name, scale in said.get("adapters", {}).items()}, said["prompt"])
-                )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                scales = {str(name): float(scale) for name, scale in said.get("adapters", {}).items()}
+                if not isinstance(said["prompt"], str) or not all(map(math.isfinite, scales.values())):
+                    raise ValueError("prompt is a text, scales are finite numbers")
+                found.append((scales, said["prompt"]))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ArgumentError(
                 f'{path}, line {number}: expected {{"prompt": "...", "adapters": {{"zara": 1.0}}}} ({error})'
             ) from error

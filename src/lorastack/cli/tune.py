@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import orjson
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from lorastack.cli.console import echo_json, plain
 from lorastack.cli.options import AllowNonfinite, DropExtras, Force, Ignore, Rename, parse_renames
 from lorastack.errors import ArgumentError, Problems, require
-from lorastack.files import check_output, whole_output
-from lorastack.recipe import Recipe
+from lorastack.files import check_output, read_regular, whole_output
+from lorastack.recipe import Recipe, recipe_files
 
 if TYPE_CHECKING:
     from lorastack.torch import Tuned
+
+#: A file of texts to foretell, which are all read at once.
+MAX_TEXT = 1 << 28
 
 
 def tune(
@@ -68,7 +70,7 @@ def tune(
 
     `lorastack bake best.toml -o both.gguf`
     """
-    _check_outputs(output, plot, force)
+    _check_outputs(output, plot, force, text)
     texts = [line for file in text for line in _lines(file)]
     require("torch", "torch")
     require("optuna", "tune")
@@ -78,6 +80,8 @@ def tune(
     from lorastack.torch.generate import load_base
 
     recipe = Recipe.of_words(adapters, base)
+    sources: list[str | Path] = [*recipe.sources, *recipe_files(adapters), *text]
+    _check_outputs(output, plot, force, sources)
     entries = recipe.entries(
         allow_nonfinite=allow_nonfinite, ignore=ignore or (), rename=parse_renames(rename), drop_extras=drop_extras
     )
@@ -96,20 +100,20 @@ def tune(
         )
     if output:
         best = tuned.recipe(base).seen_from(output.parent)
-        with whole_output(output, force) as path:
+        with whole_output(output, force, sources=sources) as path:
             path.write_text(best.to_toml(), "utf-8")
     if plot:
         from lorastack.report.landscape import landscape
 
-        with whole_output(plot, force) as path:
+        with whole_output(plot, force, sources=sources) as path:
             path.write_text(landscape(tuned), "utf-8")
     if as_json:
-        typer.echo(orjson.dumps(_json(tuned), option=orjson.OPT_INDENT_2).decode())
+        echo_json(_json(tuned))
     else:
         _print(tuned, [file for file in (output, plot) if file])
 
 
-def _check_outputs(output: Path | None, plot: Path | None, force: bool) -> None:
+def _check_outputs(output: Path | None, plot: Path | None, force: bool, sources: Sequence[str | Path]) -> None:
     """Refuse before a long search what could not be written after it."""
     problems = Problems("the result cannot be written")
     for file, ending in ((output, ".toml"), (plot, ".html")):
@@ -118,7 +122,7 @@ def _check_outputs(output: Path | None, plot: Path | None, force: bool) -> None:
         if file.suffix != ending:
             problems.add(f"{file}: give it a name that ends with {ending}")
         try:
-            check_output(file, force)
+            check_output(file, force, sources)
         except ArgumentError as error:
             problems.add(error)
     problems.raise_any(ArgumentError)
@@ -126,8 +130,8 @@ def _check_outputs(output: Path | None, plot: Path | None, force: bool) -> None:
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in read_regular(file, MAX_TEXT, ArgumentError).decode("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
         raise ArgumentError(f"{file}: the texts cannot be read: {error}") from error
     if not any(lines):
         raise ArgumentError(f"{file}: it has no text; write one passage on each line")
@@ -156,7 +160,7 @@ def _json(tuned: Tuned) -> dict[str, Any]:
 
 def _print(tuned: Tuned, written: list[Path]) -> None:
     console = Console(highlight=False)
-    table = Table("", *(escape(name) for name in tuned.scales), tuned.measure)
+    table = Table("", *(plain(name) for name in tuned.scales), tuned.measure)
     given = tuned.trials[0].scales
     for label, scales, score in (
         ("best", tuned.scales, tuned.score),
@@ -168,4 +172,4 @@ def _print(tuned: Tuned, written: list[Path]) -> None:
     failed = f", {tuned.failed} without a finite score" if tuned.failed else ""
     console.print(f"{len(tuned.trials)} trials{failed}", soft_wrap=True)
     for file in written:
-        console.print(f"{escape(str(file))}: written", soft_wrap=True)
+        console.print(f"{plain(file)}: written", soft_wrap=True)

@@ -14,6 +14,20 @@ Kind = Literal["linear", "embedding", "experts", "conv"]
 _NDIM: dict[str, tuple[int, ...]] = {"linear": (2,), "embedding": (2,), "experts": (3,), "conv": (3, 4, 5)}
 
 
+def multiplier(scale: float, scaling: float, dtype: np.dtype) -> float:
+    """``scale * scaling``, which the type that computes has to hold: in float32 1e39 would be infinite.
+
+    Raises
+    ------
+    ArgumentError
+        When it does not.
+    """
+    value = scale * scaling
+    if not abs(value) <= float(np.finfo(dtype).max):
+        raise ArgumentError(f"scale {scale:g} times the scaling {scaling:g} is more than {dtype} holds")
+    return value
+
+
 class LoraDelta:
     """One low-rank update of one weight, frozen: ``scaling * B @ A`` (Hu et al. 2021, arXiv:2106.09685).
 
@@ -155,7 +169,7 @@ class LoraDelta:
         x = np.asarray(x)
         dtype = compute_dtype(x)
         a, b = self._arrays(dtype)
-        factor = dtype.type(scale * self.scaling)
+        factor = dtype.type(multiplier(scale, self.scaling, dtype))
         check_input(x, self)
         if self.kind == "embedding":
             return (a[:, x.reshape(-1)].T * factor @ b.T).reshape(*x.shape, self.out_features)
@@ -171,10 +185,11 @@ class LoraDelta:
         ``[out, in, *kernel]``. For tests and small sizes; nothing else in the package forms it.
         """
         a, b = self._arrays(np.dtype(np.float32))
+        times = np.float32(multiplier(1.0, self.scaling, a.dtype))
         if self.kind == "conv":
             flat = b.reshape(b.shape[0], b.shape[1]) @ a.reshape(a.shape[0], -1)
-            return (flat * np.float32(self.scaling)).reshape(b.shape[0], *a.shape[1:])
-        return b @ a * np.float32(self.scaling)
+            return (flat * times).reshape(b.shape[0], *a.shape[1:])
+        return b @ a * times
 
     def _arrays(self, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         read_all([self])

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lorastack.core.delta import LoraDelta, check_input, read_all
+from lorastack.core.delta import LoraDelta, check_input, multiplier, read_all
 from lorastack.errors import ShapeError
 
 Term = tuple[float, LoraDelta]
@@ -41,7 +41,8 @@ class PackedWeight:
         read_all([delta for _, delta in active])
         axis = 1 if self.first.kind == "experts" else 0
         self.s = np.concatenate(
-            [np.full(d.rank, scale * d.scaling, dtype) for scale, d in active] or [np.zeros(0, dtype)]
+            [np.full(d.rank, multiplier(scale, d.scaling, self.dtype), dtype) for scale, d in active]
+            or [np.zeros(0, dtype)]
         )
         self.a = self._join([d.a for _, d in active], axis)
         self.b = self._join([np.swapaxes(d.b, -1, -2) if d.b.ndim < 4 else d.b for _, d in active], axis)

@@ -68,11 +68,9 @@ TargetModule.UP_PROJ = TargetModule("up_proj")
 TargetModule.DOWN_PROJ = TargetModule("down_proj")
 
 _GGUF_NAME = re.compile(
-    r"(?:(?:enc\.|dec\.)?blk\.(\d+)\.([a-z0-9_]+)|token_embd|output|output_norm|cls(?:\.output)?)\.weight"
+    r"(?:(?:enc\.|dec\.)?blk\.(\d{1,9})\.([a-z0-9_]+)|token_embd|output|output_norm|cls(?:\.output)?)\.weight"
 )
-_HF_LAYER = re.compile(
-    r"(?:.*\.)?(?:layers|h|blocks|block|layer)\.(\d+)\.(?:.*\.)?(" + "|".join(GGUF_STEM) + r")\.weight"
-)
+_HF_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d{1,9})(?=\.|$)")
 _HF_NAME = re.compile(r"[^.\s]+(?:\.[^.\s]+)+")
 
 
@@ -88,8 +86,9 @@ def place_of(name: str) -> tuple[TargetModule, int] | None:
     if match := _GGUF_NAME.fullmatch(name):
         target = _FROM_STEM.get(match[2] or "")
         return (TargetModule(target), int(match[1])) if target else None
-    if match := _HF_LAYER.fullmatch(name):
-        return TargetModule(match[2]), int(match[1])
+    before, _, module = name.removesuffix(".weight").rpartition(".")
+    if module in GGUF_STEM and name.endswith(".weight") and (numbers := _HF_LAYER.findall(before)):
+        return TargetModule(module), int(numbers[-1])  # the innermost, of blocks within blocks
     return None
 
 

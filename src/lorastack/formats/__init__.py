@@ -10,8 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from lorastack.core.adapter import LoadedLora
-from lorastack.errors import ArgumentError, FormatError
-from lorastack.files import whole_output
+from lorastack.errors import ArgumentError, FormatError, shown
+from lorastack.files import below, whole_output
 from lorastack.formats import companions, gguf, peft
 from lorastack.formats.gguf_save import save_gguf
 from lorastack.formats.heads import is_gguf, is_safetensors, read_head
@@ -19,10 +19,14 @@ from lorastack.formats.others import describe, is_peft
 from lorastack.formats.peft_config import CONFIG_NAME, read_config
 from lorastack.formats.peft_files import stands_for_folder
 from lorastack.formats.peft_save import save_peft
-from lorastack.formats.provenance import Provenance
+from lorastack.formats.provenance import Provenance, sources_of
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.formats.shards import refuse_part
 from lorastack.hub import ADAPTER_FILES, resolve
+from lorastack.ways import drop_extras, ways
+
+#: How far below a folder adapters are looked for, to name them.
+MAX_DEPTH = 4
 
 
 def load(
@@ -89,7 +93,8 @@ def save(
     dtype
         ``"f32"``, ``"f16"``, ``"bf16"`` or (GGUF) ``"q8_0"``; each factor keeps its own when not given.
     force
-        Replace an output that exists.
+        Replace an output that exists: a file, or a folder that holds an adapter and nothing else; never one that
+        ``lora`` was made of.
     recipe
         Keep in the file's metadata what the adapter was made of: sources, their sha256, scales.
     architecture
@@ -102,7 +107,7 @@ def save(
     FormatError
         Listing everything that the format cannot hold; nothing is written then.
     ArgumentError
-        When the output exists and ``force`` is not set.
+        When the output exists and ``force`` is not set, or it is nothing to replace.
     """
     path = Path(path)
     if path.suffix in (".safetensors", ".bin"):
@@ -116,18 +121,29 @@ def save(
                 + (f"{lora.name} says {said!r}" if as_gguf else "a PEFT folder has no such field")
             )
         lora = replace(lora, metadata=MappingProxyType({**lora.metadata, "general.architecture": architecture}))
+    _check_tokens(lora)
     write = save_gguf if as_gguf else save_peft
-    with whole_output(path, force, folder=not as_gguf) as scratch:
+    with whole_output(path, force, folder=not as_gguf, sources=sources_of(lora)) as scratch:
         write(lora, scratch, dtype, Provenance.of_lora(lora).to_toml() if recipe else None, progress)
     return path
 
 
+def _check_tokens(lora: LoadedLora) -> None:
+    """An activated LoRA acts after tokens, which are numbers of a vocabulary."""
+    tokens = lora.extras.get("alora", {}).get("invocation_tokens", ())
+    if not isinstance(tokens, (tuple, list)) or not all(type(token) is int and 0 <= token < 2**32 for token in tokens):
+        raise FormatError(
+            f"{lora.name} cannot be written: its invocation tokens are {shown(tokens)}, expected numbers of tokens"
+            + ways(drop_extras("alora"))
+        )
+
+
 def _adapters_below(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob("*/**/" + CONFIG_NAME))
+    return sorted(path.parent for path in below(folder, MAX_DEPTH) if path.name == CONFIG_NAME)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in (".gguf", ".safetensors") and path.is_file())
+    return sorted(path for path in below(folder, 1) if path.suffix in (".gguf", ".safetensors"))
 
 
 def _lone_file(folder: Path) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from lorastack import files
 from lorastack.errors import FormatError, shown
 
 #: What a reader takes.
@@ -38,8 +39,7 @@ _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 
 def read_head(path: Path) -> bytes:
     """The first bytes of a file."""
-    with path.open("rb") as file:
-        return file.read(_HEAD)
+    return files.read_head(path, _HEAD)
 
 
 def is_gguf(head: bytes) -> bool:

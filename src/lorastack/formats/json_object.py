@@ -8,7 +8,11 @@ from typing import Any
 import orjson
 
 from lorastack.errors import FormatError
+from lorastack.files import read_regular
 from lorastack.formats.heads import unreadable
+
+#: Configurations and indexes have less.
+MAX_JSON = 1 << 26
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -20,7 +24,7 @@ def read_object(path: Path) -> dict[str, Any]:
         When there is none in it.
     """
     try:
-        found = orjson.loads(path.read_bytes())
+        found = orjson.loads(read_regular(path, MAX_JSON))
     except ValueError as error:
         raise unreadable(path, "JSON", f"no JSON ({error}); fetch it again") from error
     if not isinstance(found, dict):

@@ -14,9 +14,10 @@ import orjson
 from lorastack.core import dtypes
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
+from lorastack.core.dtypes import FLOAT32_MAX
 from lorastack.core.extras import KINDS
 from lorastack.core.factor import Factor
-from lorastack.errors import FormatError, Problems
+from lorastack.errors import FormatError, Problems, shown
 from lorastack.formats.peft import RECIPE_KEY
 from lorastack.formats.peft_config import CONFIG_NAME
 from lorastack.formats.peft_files import WEIGHTS
@@ -61,6 +62,11 @@ def _check(lora: LoadedLora) -> None:
     for name, delta in lora.adapters.items():
         if delta.kind != "experts" and not name.endswith(".weight"):
             problems.add(f"weight {name}: its name does not end with .weight, which PEFT's modules have")
+        if not abs(delta.scaling) * delta.rank <= FLOAT32_MAX:
+            problems.add(f"weight {name}: its scaling {delta.scaling:g} takes an alpha of more than float32 holds")
+    named = lora.metadata.get("modules_to_save")
+    if lora.extras.get("modules_to_save") and named is not None and not isinstance(named, list):
+        problems.add(f"modules_to_save is {shown(named)}, expected names{ways(drop_extras('modules_to_save'))}")
     for name in lora.extras.get("norm", {}):
         problems.add(f"norm: {KINDS['norm']}, {name}{ways(drop_extras('norm'))}")
     problems.raise_any(FormatError)
@@ -98,9 +104,10 @@ def _config_of_extras(lora: LoadedLora) -> dict[str, Any]:
         "lora_bias": bool(extras.get("lora_bias")),
         "bias": said.get("bias", "none") if extras.get("bias") else "none",
     }
-    if extras.get("modules_to_save") and said.get("modules_to_save"):
+    if extras.get("modules_to_save") and isinstance(said.get("modules_to_save"), list):
         owners = {f".{name.rpartition('.')[0]}." for name in extras["modules_to_save"]}
-        config["modules_to_save"] = [m for m in said["modules_to_save"] if any(f".{m}." in owner for owner in owners)]
+        modules = [m for m in said["modules_to_save"] if isinstance(m, str)]
+        config["modules_to_save"] = [m for m in modules if any(f".{m}." in owner for owner in owners)]
     if extras.get("new_tokens"):
         config["trainable_token_indices"] = said.get("trainable_token_indices")
     if tokens := extras.get("alora", {}).get("invocation_tokens"):
@@ -133,7 +140,7 @@ def _tidy(alpha: float, scaling: float, divisor: float) -> float:
 
 
 def _whole(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value
+    return int(value) if float(value).is_integer() and abs(value) < 2**53 else value
 
 
 def pattern_key(name: str) -> str:

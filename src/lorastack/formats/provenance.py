@@ -45,9 +45,9 @@ class Provenance:
             found = list(pool.map(hashes, [part for part, _ in parts]))
         ingredients = [
             Ingredient(
-                _source(part),
+                _utf8(_source(part)),
                 scale,
-                part.name,
+                _utf8(part.name),
                 tuple((_STEP_NAMES.get(step, step), value) for step, value in part.history),
                 tuple(sorted(sums.items())),
             )
@@ -55,7 +55,8 @@ class Provenance:
         ]
         # Made again, it needs a base only where names were converted; what an adapter says of its own may be anywhere.
         converted = [part for part, _ in parts if any(step == "names" for step, _ in part.history)]
-        bases = {part.metadata.get("base_model_name_or_path") for part in converted} - {None}
+        named = (part.metadata.get("base_model_name_or_path") for part in converted)
+        bases = {_utf8(base) for base in named if isinstance(base, str)}
         return cls(tuple(ingredients), bases.pop() if len(bases) == 1 else None, lora.made)
 
     def to_toml(self) -> str:
@@ -67,9 +68,17 @@ class Provenance:
         return tomli_w.dumps(said)
 
 
+def sources_of(lora: LoadedLora) -> list[Path]:
+    """Where it, and all that it was made of, was loaded from; its base too, if that is a path."""
+    parts = [part for whole, _ in lora.origin or ((lora, 1.0),) for part, _ in _leaves(whole, 1.0)]
+    found = [source for one in (lora, *parts) if (source := one.source)]
+    bases = (one.metadata.get("base_model_name_or_path") for one in (lora, *parts))
+    return [*dict.fromkeys((*found, *(Path(base) for base in bases if isinstance(base, str) and base)))]
+
+
 def hashes(lora: LoadedLora) -> dict[str, str]:
     """File name -> sha256 of every file the adapter was loaded from."""
-    return {file.name: _sha256(file) for file in lora.files}
+    return {_utf8(file.name): _sha256(file) for file in lora.files}
 
 
 def _sha256(path: Path) -> str:
@@ -83,6 +92,11 @@ def _source(lora: LoadedLora) -> str:
         return f"(in memory) {lora.name}"
     match = re.search(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)(/.+)?$", lora.source.as_posix())
     return f"{match[1]}/{match[2]}{match[4] or ''}@{match[3]}" if match else str(lora.source)
+
+
+def _utf8(text: str) -> str:
+    """A name as TOML can hold it: of a file whose name is no UTF-8, the odd bytes are spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 _STEP_NAMES = {"scaled": "scales"}

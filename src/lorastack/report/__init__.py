@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorastack.base import BaseModel
 from lorastack.files import check_output, whole_output
+from lorastack.formats.provenance import sources_of
 
 if TYPE_CHECKING:
-    from lorastack.base import BaseModel
     from lorastack.core.stack import LoraStack
 
 __all__ = ["report"]
@@ -69,11 +70,13 @@ def report(
     (True, True)
     """
     path = Path(path)
-    check_output(path, force)  # before the work, not after it
+    sources = [source for lora, _ in stack.entries for source in sources_of(lora)]
+    sources += [Path(base.name if isinstance(base, BaseModel) else base)] if base is not None else []
+    check_output(path, force, sources)  # before the work, not after it
     from lorastack.report.findings import find
     from lorastack.report.page import page
 
     text = page(find(stack, base, intruders, progress, path.parent, allow_mixed_bases))
-    with whole_output(path, force) as scratch:
+    with whole_output(path, force, sources=sources) as scratch:
         scratch.write_text(text, "utf-8")
     return path

@@ -38,7 +38,7 @@ def split(name: str) -> tuple[str, int | None, str]:
     (('transformer.h', 0, 'attn.c_attn'), ('', None, 'lm_head'))
     """
     stem = name.removesuffix(".weight")
-    match = re.fullmatch(r"(.*?)\.?(?<![^.])(\d+)\.(.+)", stem)
+    match = re.fullmatch(r"(.*?)\.?(?<![^.])(\d{1,9})\.(.+)", stem)
     if not match:
         return "", None, stem
     known = place_of(name)

@@ -1,0 +1,70 @@
+"""How a command ends that does not end well: an error in one line, an exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from lorastack.cli.console import echo, say_error, say_warning
+from lorastack.errors import LoraStackError, LoraStackWarning
+
+
+def run_to_its_end(command: Callable[[], object]) -> None:
+    """Run it; errors are printed plainly and exit with 1, signals that end a process exit as it would."""
+    warnings.simplefilter("once", LoraStackWarning)
+    warnings.showwarning = _show_warning
+    known = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+    # nohup ignores SIGHUP: it stays so.
+    taken = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _end)
+    try:
+        command()
+    except LoraStackError as error:
+        say_error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if (words := _words(error)) is None:
+            raise
+        say_error(words)
+    else:
+        return
+    finally:
+        for number in taken:  # whoever called this goes on with the handlers it had
+            signal.signal(number, signal.SIG_DFL)
+    sys.exit(1)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """A warning of ours, printed plainly; the place in our code is nothing to the reader."""
+    if issubclass(category, LoraStackWarning):
+        say_warning(str(message))
+    else:
+        echo(warnings.formatwarning(message, category, filename, lineno, line), end="", err=True)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    # Outputs are context managers, which clean up on their way out; a second signal must not end that.
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+def _words(error: Exception) -> str | None:
+    """What the system or Python ran into, in a plain word; None for what is a mistake of ours, with its traceback."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error or type(error).__name__}"
+    if isinstance(error, UnicodeError):
+        return f"a text cannot be read or written: {error}"
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory{f': {error}' if str(error) else ''}"
+    if isinstance(error, RecursionError):
+        return "something here is nested too deep"
+    return None

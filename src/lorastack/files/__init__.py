@@ -1,0 +1,31 @@
+"""Files: input that is a regular file of a bounded size, and output that appears whole or not at all."""
+
+from __future__ import annotations
+
+from lorastack.files.output import OutputError, check_output, whole_output
+from lorastack.files.regular import (
+    below,
+    bytes_in_words,
+    kind_of,
+    local,
+    open_regular,
+    present,
+    read_head,
+    read_regular,
+    status_of,
+)
+
+__all__ = [
+    "OutputError",
+    "below",
+    "bytes_in_words",
+    "check_output",
+    "kind_of",
+    "local",
+    "open_regular",
+    "present",
+    "read_head",
+    "read_regular",
+    "status_of",
+    "whole_output",
+]
