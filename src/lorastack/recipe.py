@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any
 from lorastack import formats
 from lorastack.base import BaseModel, convert_names, open_base
 from lorastack.core.adapter import LoadedLora
+from lorastack.core.patterns import Matcher, PatternError
 from lorastack.core.stack import LoraStack
 from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError, LoraStackError, Problems
@@ -299,8 +299,8 @@ def _good_step(step: str, value: Any) -> bool:
 
 def _good_pattern(pattern: str) -> bool:
     try:
-        return not pattern.startswith("re:") or bool(re.compile(pattern[3:]))
-    except re.error:
+        return bool(Matcher(pattern))
+    except PatternError:
         return False
 
 

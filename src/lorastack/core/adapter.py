@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -15,13 +14,13 @@ import numpy as np
 
 from lorastack.core.delta import Kind, LoraDelta, as_floats, read_all
 from lorastack.core.factor import Factor
+from lorastack.core.patterns import FirstMatch, Matcher, Pattern
 from lorastack.core.target import Naming, TargetModule, naming_of, place_of
 from lorastack.errors import ArgumentError, UnsupportedError
 
 if TYPE_CHECKING:
     import gguf
 
-Pattern = str | re.Pattern[str]
 #: What an adapter holds that is not a low-rank update: kind -> name -> value (see docs/extras.md).
 Extras = Mapping[str, Mapping[str, Any]]
 
@@ -268,7 +267,8 @@ class LoadedLora:
 
         Extras named after a weight go with it.
         """
-        kept = [name for name in self.adapters if matches(pattern, name)]
+        matches = Matcher(pattern)
+        kept = [name for name in self.adapters if matches(name)]
         modules = {name.removesuffix(".weight") for name in kept}
         extras = {
             kind: MappingProxyType(inside)
@@ -277,7 +277,7 @@ class LoadedLora:
                 inside := {
                     name: value
                     for name, value in values.items()
-                    if kind == "alora" or matches(pattern, name) or name.rpartition(".")[0] in modules
+                    if kind == "alora" or matches(name) or name.rpartition(".")[0] in modules
                 }
             )
         }
@@ -303,11 +303,12 @@ class LoadedLora:
             When a pattern matches no weight.
         """
         table = {"*": factors} if isinstance(factors, (int, float)) else dict(factors)
-        dead = [p for p in table if not any(matches(p, name) for name in self.adapters)]
-        if dead:
+        patterns = FirstMatch(table)
+        if dead := patterns.without_hit(self.adapters):
             first = ", ".join(list(self.adapters)[:3])
             raise ArgumentError(f"{self.name}: no weight matches {dead}; its weights are named like {first}")
-        found = {name: next((f for p, f in table.items() if matches(p, name)), 1.0) for name in self.adapters}
+        by_number: dict[int | None, float] = dict(enumerate(table.values()))
+        found = {name: by_number.get(patterns.first(name), 1.0) for name in self.adapters}
         said = {_pattern_text(p): float(f) for p, f in table.items()}
         return replace(
             self,
@@ -364,15 +365,6 @@ class LoadedLora:
         return f"LoadedLora({self.name!r}, {size}, naming={self.naming!r}{extras})"
 
 
-def matches(pattern: Pattern, name: str) -> bool:
-    """Whether ``name`` as a whole matches a glob, a compiled regex, or one written as ``"re:..."``."""
-    if not isinstance(pattern, str):
-        return pattern.fullmatch(name) is not None
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    return fnmatchcase(name, pattern)
-
-
 def _is_front(old: str, name: str) -> bool:
     return old == "" or name == old or name.startswith(old + ".")
 
@@ -386,7 +378,7 @@ def _with_new_front(name: str, rename: Mapping[str, str]) -> str:
 
 
 def _pattern_text(pattern: Pattern) -> str:
-    """The pattern as text that `matches` takes for the same, for recipes."""
+    """The pattern as text that `Matcher` takes for the same, for recipes."""
     if isinstance(pattern, str):
         return pattern
     flags = "".join(letter for letter in "aimsx" if pattern.flags & getattr(re, letter.upper()))
