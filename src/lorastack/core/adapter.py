@@ -25,6 +25,16 @@ if TYPE_CHECKING:
 Extras = Mapping[str, Mapping[str, Any]]
 
 
+class SourceFile(Protocol):
+    """A file that an adapter was read from: ``path``, ``size``, and the hash of the bytes its numbers come from."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def size(self) -> int: ...
+    def sha256(self) -> str: ...
+
+
 @runtime_checkable
 class LoraAdapter(Protocol):
     """Anything that gives updates by (target module, layer); its row order is Hugging Face's.
@@ -96,8 +106,8 @@ class LoadedLora:
         Whose names they are: ``"gguf"``, ``"hf"`` or ``"own"``.
     source
         Where it was loaded from; None for one made in memory.
-    files
-        Every file that was read for it.
+    opened
+        Every file that is read for it, as it was when opened; `files` has their paths.
     """
 
     name: str
@@ -107,7 +117,7 @@ class LoadedLora:
     naming: Naming = "own"
     source: Path | None = None
     file_alpha: float | None = None
-    files: tuple[Path, ...] = ()
+    opened: tuple[SourceFile, ...] = ()
     #: What views changed since it was loaded, for the provenance of what is made of it.
     history: tuple[tuple[str, Any], ...] = ()
     #: The adapters a baked one was made of, with their scales.
@@ -196,6 +206,11 @@ class LoadedLora:
     def num_adapters(self) -> int:
         """How many weights this adapter changes."""
         return len(self.adapters)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that is read for it."""
+        return tuple(file.path for file in self.opened)
 
     def check(self) -> None:
         """Read every factor now.

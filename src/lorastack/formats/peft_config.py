@@ -7,12 +7,12 @@ import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lorastack.core.dtypes import FLOAT32_MAX
 from lorastack.errors import FormatError, Problems, shown
 from lorastack.formats.json_object import read_object
+from lorastack.formats.opened import OpenedFile
 from lorastack.ways import ignoring, ways
 
 CONFIG_NAME = "adapter_config.json"
@@ -92,16 +92,15 @@ def _compiled(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The JSON object in the folder's adapter_config.json."""
-    path = folder / CONFIG_NAME
-    raw = read_object(path)
+def read_config(file: OpenedFile) -> dict[str, Any]:
+    """The JSON object in a folder's adapter_config.json."""
+    raw = read_object(file)
     inside: list[Any] = [raw]
     for _ in range(MAX_NESTING):
         inside = [v for value in inside for v in (value.values() if isinstance(value, dict) else value)]
         inside = [value for value in inside if isinstance(value, (dict, list))]
     if inside:
-        raise FormatError(f"{path}: it is nested more than {MAX_NESTING} deep, no configuration is; fetch it again")
+        raise FormatError(f"{file}: it is nested more than {MAX_NESTING} deep, no configuration is; fetch it again")
     return raw
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Self
 
 import tomli_w
@@ -68,13 +66,14 @@ class Provenance:
 
 
 def hashes(lora: LoadedLora) -> dict[str, str]:
-    """File name -> sha256 of every file the adapter was loaded from."""
-    return {file.name: _sha256(file) for file in lora.files}
+    """File name -> sha256 of every file the adapter was loaded from, of the bytes that its numbers are read from.
 
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    Raises
+    ------
+    FormatError
+        When a file was changed since.
+    """
+    return {file.path.name: file.sha256() for file in lora.opened}
 
 
 def _source(lora: LoadedLora) -> str:
