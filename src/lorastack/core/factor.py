@@ -1,4 +1,4 @@
-"""Factor: one of the two arrays of a low-rank update, in memory or still in its file."""
+"""Factor: one of the two arrays of a low-rank update, in memory or not read yet."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Factor:
     shape, dtype
         What the array has when read. ``dtype`` is the stored type, in which the numbers are kept.
     read
-        Called without arguments, returns the array (a view of a mapped file where it can be).
+        Called without arguments, returns the array, in memory that is no file's: a file is written to and cut short
+        while it is in use.
     label
         Says where the numbers come from, for messages: file and tensor.
     allow_nonfinite

@@ -55,7 +55,7 @@ class PackedWeight:
     def _join(self, parts: list[np.ndarray], axis: int) -> np.ndarray:
         if not parts:
             return np.zeros((0, 0), self.dtype)
-        if len(parts) == 1:  # one float32 factor stays the mapped file's own memory
+        if len(parts) == 1:  # one float32 factor is not copied
             return np.ascontiguousarray(parts[0], self.dtype)
         shape = list(parts[0].shape)
         shape[axis] = sum(part.shape[axis] for part in parts)

@@ -68,11 +68,10 @@ TargetModule.UP_PROJ = TargetModule("up_proj")
 TargetModule.DOWN_PROJ = TargetModule("down_proj")
 
 _GGUF_NAME = re.compile(
-    r"(?:(?:enc\.|dec\.)?blk\.(\d+)\.([a-z0-9_]+)|token_embd|output|output_norm|cls(?:\.output)?)\.weight"
+    r"(?:(?:enc\.|dec\.)?blk\.(\d{1,9})\.([a-z0-9_]+)|token_embd|output|output_norm|cls(?:\.output)?)\.weight"
 )
-_HF_LAYER = re.compile(
-    r"(?:.*\.)?(?:layers|h|blocks|block|layer)\.(\d+)\.(?:.*\.)?(" + "|".join(GGUF_STEM) + r")\.weight"
-)
+_HF_LISTS = frozenset("layers h blocks block layer".split())
+_NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 _HF_NAME = re.compile(r"[^.\s]+(?:\.[^.\s]+)+")
 
 
@@ -88,8 +87,12 @@ def place_of(name: str) -> tuple[TargetModule, int] | None:
     if match := _GGUF_NAME.fullmatch(name):
         target = _FROM_STEM.get(match[2] or "")
         return (TargetModule(target), int(match[1])) if target else None
-    if match := _HF_LAYER.fullmatch(name):
-        return TargetModule(match[2]), int(match[1])
+    *parts, target, ending = name.split(".") if name.count(".") > 2 else ("", "", "")
+    if ending != "weight" or target not in GGUF_STEM:
+        return None
+    for at in range(len(parts) - 1, 0, -1):  # the innermost list of layers
+        if parts[at - 1] in _HF_LISTS and _NUMBER.fullmatch(parts[at]):
+            return TargetModule(target), int(parts[at])
     return None
 
 

@@ -15,6 +15,7 @@ from gguf.constants import GGMLQuantizationType as Q
 from lorastack.core.adapter import LazyDeltas, LoadedLora
 from lorastack.core.delta import Kind, LoraDelta, misfit
 from lorastack.core.dtypes import FLOAT32_MAX
+from lorastack.core.extras import are_tokens
 from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, Problems, shown
 from lorastack.formats.gguf_header import MAX_ELEMENTS, PLAIN, Header, Tensor, read_header
@@ -167,7 +168,7 @@ def _invocation_tokens(metadata: dict[str, Any], problems: Problems) -> tuple[in
     """The tokens after which an activated LoRA acts; none for any other."""
     key = "adapter.alora.invocation_tokens"
     value = metadata.get(key, [])
-    if not isinstance(value, list) or not all(type(token) is int and token >= 0 for token in value):
+    if not are_tokens(value):
         problems.add(f"key {key}: found {shown(value)}, expected a list of token ids; convert the adapter again")
         return ()
     return tuple(value)
