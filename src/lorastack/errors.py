@@ -22,6 +22,15 @@ def shown(value: object) -> str:
     return _REPR.repr(value)
 
 
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: a file's name may have bytes in it that are no letters."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class LoraStackError(Exception):
     """Base of every error this package raises on purpose.
 

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lorastack.core.delta import LoraDelta, check_input, read_all
+from lorastack.core.delta import LoraDelta, check_input, in_type, multiplier, read_all
 from lorastack.errors import ShapeError
 
 Term = tuple[float, LoraDelta]
@@ -41,10 +41,12 @@ class PackedWeight:
         read_all([delta for _, delta in active])
         axis = 1 if self.first.kind == "experts" else 0
         self.s = np.concatenate(
-            [np.full(d.rank, scale * d.scaling, dtype) for scale, d in active] or [np.zeros(0, dtype)]
+            [np.full(d.rank, multiplier(scale, d.scaling, self.dtype), dtype) for scale, d in active]
+            or [np.zeros(0, dtype)]
         )
-        self.a = self._join([d.a for _, d in active], axis)
-        self.b = self._join([np.swapaxes(d.b, -1, -2) if d.b.ndim < 4 else d.b for _, d in active], axis)
+        a, b = ([in_type(d.factors[n].array, self.dtype, d.factors[n].label) for _, d in active] for n in (0, 1))
+        self.a = self._join(a, axis)
+        self.b = self._join([np.swapaxes(part, -1, -2) if part.ndim < 4 else part for part in b], axis)
         if self.first.kind == "embedding":
             # Rows are looked up by token id, so a token's row must lie together.
             self.a = np.ascontiguousarray(self.a.T)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -103,3 +104,16 @@ def naming_of(names: list[str]) -> Naming:
     if names and all(_HF_NAME.fullmatch(name) for name in names):
         return "hf"
     return "own"
+
+
+def is_front(old: str, name: str) -> bool:
+    """Whether a name begins with these whole parts."""
+    return old == "" or name == old or name.startswith(old + ".")
+
+
+def with_new_front(name: str, rename: Mapping[str, str]) -> str:
+    """``name`` with the first matching front replaced; an empty one is put before, or taken away."""
+    for old, new in rename.items():
+        if is_front(old, name):
+            return ".".join(part for part in (new, name[len(old) :].removeprefix(".")) if part)
+    return name

@@ -25,6 +25,9 @@ from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.formats.shards import refuse_part
 from lorastack.hub import ADAPTER_FILES, resolve
 
+#: Files and folders that are looked through for the only adapter below a folder.
+_MOST_ENTRIES = 20_000
+
 
 def load(
     path: str | Path,
@@ -125,7 +128,19 @@ def save(
 
 
 def _adapters_below(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob("*/**/" + CONFIG_NAME))
+    """The folders further in that hold an adapter; links are not followed."""
+    found: list[Path] = []
+    seen = 0
+    for where, folders, files in os.walk(folder):
+        seen += len(folders) + len(files)
+        if seen > _MOST_ENTRIES:
+            raise FormatError(
+                f"{folder}: it has no {CONFIG_NAME}, and more than {_MOST_ENTRIES} files below it, too many to look "
+                "for one; name one file, or a folder saved by PEFT"
+            )
+        if CONFIG_NAME in files and where != os.fspath(folder):
+            found.append(Path(where))
+    return sorted(found)
 
 
 def _weight_files(folder: Path) -> list[Path]:

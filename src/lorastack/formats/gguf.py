@@ -68,6 +68,10 @@ class _Copied:
     def sha256(self) -> str:
         return hashlib.sha256(self._bytes.data).hexdigest()
 
+    def __getstate__(self) -> dict[str, Any]:
+        digest = self.sha256()
+        return {**self.__dict__, "sha256": partial(str, digest), "_bytes": self._bytes[:0]}
+
     def keep(self) -> None:
         self._bytes = self._bytes.copy()
 

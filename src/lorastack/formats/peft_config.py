@@ -108,6 +108,9 @@ def parse_config(
     rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)  # PEFT's own defaults
     rank_pattern, alpha_pattern = raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}
     before = len(problems.lines)
+    for field, (good, expected) in _KINDS.items():
+        if (value := raw.get(field)) and not good(value):
+            problems.add(f"{label}: {field} is {shown(value)}, expected {expected}; correct the config")
     if not _whole(rank):
         problems.add(f"{label}: r is {shown(rank)}, expected a whole number above 0")
     if not _finite(alpha):
@@ -177,9 +180,6 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _check_fields(raw: dict[str, Any], label: str, problems: Problems) -> None:
-    for field, (good, expected) in _KINDS.items():
-        if (value := raw.get(field)) and not good(value):
-            problems.add(f"{label}: {field} is {shown(value)}, expected {expected}; correct the config")
     for field, value in raw.items():
         if field in _WITHOUT_EFFECT or field in _HONOURED or not value:
             continue

@@ -11,6 +11,8 @@ from typing import Any, Self
 import tomli_w
 
 from lorastack.core.adapter import LoadedLora
+from lorastack.errors import FormatError, is_text, shown
+from lorastack.ways import Way, ways
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,12 @@ class Provenance:
         said["adapter"] = [_table(one) for one in self.ingredients]
         if self.made:
             said["lorastack"] = dict(self.made)
-        return tomli_w.dumps(said)
+        text = tomli_w.dumps(said)
+        if not is_text(text):
+            names = ", ".join(shown(one.source) for one in self.ingredients)
+            way = ways("rename what is not", Way("pass recipe=False", None))
+            raise FormatError(f"the recipe names {names}, but only texts that UTF-8 holds can be kept{way}")
+        return text
 
 
 def hashes(lora: LoadedLora) -> dict[str, str]:
