@@ -370,16 +370,15 @@ class LoadedLora:
         return replace(self, name=name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Its fields, for pickling: the numbers of every factor, for where it is read there may be no such file."""
-        plain = {one.name: getattr(self, one.name) for one in fields(self)}
+        """Its fields with the numbers of every factor: where it is unpickled there may be no such file."""
         extras = {kind: dict(values) for kind, values in self.extras.items()}
-        return plain | {"adapters": dict(self.adapters), "extras": extras, "metadata": dict(self.metadata),
-                        "made": dict(self.made)}  # fmt: skip
+        plain = {name: dict(getattr(self, name)) for name in ("adapters", "metadata", "made")}
+        return {one.name: getattr(self, one.name) for one in fields(self)} | plain | {"extras": extras}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        extras = {kind: MappingProxyType(values) for kind, values in state["extras"].items()}
+        extras = MappingProxyType({kind: MappingProxyType(values) for kind, values in state["extras"].items()})
         frozen = {name: MappingProxyType(state[name]) for name in ("adapters", "metadata", "made")}
-        self.__dict__.update(state | frozen | {"extras": MappingProxyType(extras)})
+        self.__dict__.update(state | frozen | {"extras": extras})
 
     def __copy__(self) -> LoadedLora:
         return self

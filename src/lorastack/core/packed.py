@@ -70,9 +70,9 @@ class PackedWeight:
         return joined
 
     @cached_property
-    def wide(self) -> PackedWeight:
-        """The same in float64, for float64 input."""
-        return PackedWeight(self.terms, self.names, np.float64)
+    def other(self) -> PackedWeight:
+        """The same in float64, for float64 input; or in float32, where float64 came first."""
+        return PackedWeight(self.terms, self.names, np.float32 if self.dtype == np.float64 else np.float64)
 
     def apply(self, x: np.ndarray, out_features: int | None = None) -> np.ndarray:
         """The sum applied to ``x [..., in]``: ``[..., out]`` in float32, or float64 for float64 input."""
@@ -83,8 +83,8 @@ class PackedWeight:
             h = np.dot(self.a, x)
             h *= self.s
             return np.dot(h, self.b)
-        if x.dtype == np.float64 and self.dtype != np.float64:
-            return self.wide.apply(x)
+        if (x.dtype == np.float64) != (self.dtype == np.float64):
+            return self.other.apply(x)
         check_input(x, self.first)
         lead = x.shape if self.first.kind == "embedding" else x.shape[:-1]
         if not self.s.size:

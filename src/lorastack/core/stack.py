@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lorastack.base import BaseModel
 
 #: Weight names whose sum is kept, those without any sum included.
-_MOST_PACKS = 1 << 14
+_MOST_PACKS = 1 << 10
 _UNKNOWN: Any = object()
 _KIND_NAMES = {"gguf": "GGUF tensor names", "hf": "Hugging Face names", "own": "names of its own"}
 
@@ -167,7 +167,7 @@ class LoraStack:
     def __copy__(self) -> LoraStack:
         twin = LoraStack()
         twin._adapters = list(self._adapters)
-        twin._now = _Now(self._entries, dict(self._now.packs))
+        twin._now = _Now(self._entries, dict(self._packs))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -219,7 +219,7 @@ class LoraStack:
         entries, packs = self._now
         pack = packs.get(tensor_name, _UNKNOWN)
         if pack is _UNKNOWN:
-            pack = _pack(tensor_name, entries)
+            pack = _pack(tensor_name, entries, compute_dtype(x).type)
             # A name that no adapter has may be any, of any number: not all of them are kept.
             if pack is not None or len(packs) < _MOST_PACKS:
                 packs[tensor_name] = pack
@@ -332,6 +332,10 @@ class LoraStack:
     def _entries(self) -> tuple[Entry, ...]:
         return self._now.entries
 
+    @property
+    def _packs(self) -> dict[str, PackedWeight | None]:
+        return self._now.packs
+
     def _set(self, entries: Sequence[Entry]) -> None:
         """Put other entries here, with nothing packed: in one step, so that no reader packs old ones for them."""
         self._now = _Now(tuple(entries), {})
@@ -350,7 +354,7 @@ class LoraStack:
         return next(f"{name}#{n}" for n in range(2, len(taken) + 3) if f"{name}#{n}" not in taken)
 
 
-def _pack(name: str, entries: Sequence[Entry]) -> PackedWeight | None:
+def _pack(name: str, entries: Sequence[Entry], dtype: type) -> PackedWeight | None:
     found = [(entry, entry.lora.get(name)) for entry in entries]
     terms = [(entry.scale, delta) for entry, delta in found if delta is not None]
     unmet = [
@@ -367,4 +371,4 @@ def _pack(name: str, entries: Sequence[Entry]) -> PackedWeight | None:
             unmet,
         )
     names = [entry.name for entry, delta in found if delta is not None]
-    return PackedWeight(terms, names) if terms else None
+    return PackedWeight(terms, names, dtype) if terms else None

@@ -102,9 +102,12 @@ class _Cursor:
         self.data = source.read(0, min(_WINDOW, self.room))
 
     def number(self, code: str) -> Any:
-        code = self.order + code
-        start = self.skip(struct.calcsize(code))
-        return struct.unpack_from(code, self.data, start)[0]
+        return self.numbers(code)[0]
+
+    def numbers(self, codes: str) -> tuple[Any, ...]:
+        codes = self.order + codes
+        start = self.skip(struct.calcsize(codes))
+        return struct.unpack_from(codes, self.data, start)
 
     def string(self, what: str, most: int | None = None) -> str:
         length = self.number("Q")
@@ -238,8 +241,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int, header: Header, p
         dims_count = cursor.number("I")
         if dims_count > 4:
             raise FormatError(f"{cursor.label}: tensor {shown(name)} has {dims_count} dimensions, GGUF has up to 4")
-        dims = tuple(cursor.number("Q") for _ in range(dims_count))
-        kind, offset = cursor.number("I"), cursor.number("Q")
+        *dims, kind, offset = cursor.numbers(f"{dims_count}QIQ")
         try:
             stored = GGMLQuantizationType(kind)
             block, block_bytes = GGML_QUANT_SIZES[stored]
@@ -253,8 +255,8 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int, header: Header, p
                 problems.add(f"tensor {shown(name)} begins at {offset}, expected a multiple of {alignment}")
             # An array without elements can still have more dimensions than NumPy can multiply.
             if math.prod(n or 1 for n in dims) >= 1 << 60:
-                problems.add(f"tensor {shown(name)} has the dimensions {list(dims)}; NumPy cannot read it")
-            found.append((name, stored, dims, offset, math.prod(dims) // block * block_bytes))
+                problems.add(f"tensor {shown(name)} has the dimensions {dims}; NumPy cannot read it")
+            found.append((name, stored, tuple(dims), offset, math.prod(dims) // block * block_bytes))
         if before < MOST_LISTED <= len(problems.lines):
             problems.add("and so on; the file is damaged")
             return
