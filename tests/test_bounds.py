@@ -262,10 +262,10 @@ def test_what_torch_saves_is_still_read(folder: Path, make: Any) -> None:
 # ---- GGUF -----------------------------------------------------------------------------------------
 
 
-def test_forty_thousand_gguf_tensors_cost_little(tmp_path: Path) -> None:
+def test_ten_thousand_gguf_tensors_cost_little(tmp_path: Path) -> None:
     from tests.hostile.test_gguf_attacks import header, padded, tensor
 
-    names = [f"{n:x}.weight.lora_a" for n in range(40_000)]
+    names = [f"{n:x}.weight.lora_a" for n in range(10_000)]
     file = tmp_path / "x.gguf"
     file.write_bytes(padded(header(tensors=[tensor(name, [0], 0) for name in names])))
     assert "has no" in str(refused(file))

@@ -64,7 +64,7 @@ class PeftConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank of one module, by its path."""
-        return self.rank_pattern.first(module, self.rank)
+        return self.rank_pattern.first(module, self.rank) if self.rank_pattern else self.rank
 
     def saves(self, name: str) -> bool:
         """Whether the tensor ``name`` belongs to a module that ``modules_to_save`` names."""
@@ -73,7 +73,7 @@ class PeftConfig:
     def scaling_of(self, module: str) -> float:
         """alpha / rank of one module, alpha / √rank under rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
         rank = self.rank_of(module)
-        alpha = self.alpha_pattern.first(module, self.alpha)
+        alpha = self.alpha_pattern.first(module, self.alpha) if self.alpha_pattern else self.alpha
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 

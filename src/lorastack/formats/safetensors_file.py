@@ -26,6 +26,8 @@ MAX_HEADER = 100_000_000
 MAX_DIMENSIONS = 32
 _ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
          "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}  # fmt: skip
+#: How much of a file is read at first.
+_FIRST = 1 << 17
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 #: (dtype, shape, first byte after the header, last byte + 1)
@@ -46,7 +48,8 @@ class SafetensorsFile:
         self.path, self.files = file.path, (file,)
         self.notes: tuple[str, ...] = ()
         size = file.size
-        length = int.from_bytes(file.read(0, min(8, size)), "little")
+        first = file.read(0, min(_FIRST, size))  # with most headers in it
+        length = int.from_bytes(first[:8], "little")
         if size < 10 or length > min(size - 8, MAX_HEADER):
             raise unreadable(
                 file,
@@ -55,7 +58,8 @@ class SafetensorsFile:
                 "fetch it again",
             )
         self._file, self._start = file, 8 + length
-        header, self.metadata = _parse(file.read(8, length), file)
+        raw = first[8:] if 8 + length <= len(first) else file.read(8, length)
+        header, self.metadata = _parse(raw[:length], file)
         room = size - self._start
         self.tensors: dict[str, Info] = _in_order(header, room) or _checked(header, room, self.path)
 
