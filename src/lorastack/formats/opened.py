@@ -80,7 +80,8 @@ class OpenedFile(os.PathLike[str]):
         FormatError
             When the file is shorter, was changed since it was opened, or cannot be read.
         """
-        return self.array(start, size).tobytes()
+        with self._descriptor_in_use() as descriptor:
+            return _read(descriptor, start, size)
 
     def array(self, start: int, size: int) -> np.ndarray:
         """The same as an array of bytes, in memory of its own."""
@@ -233,6 +234,16 @@ def _fill(descriptor: int, room: memoryview, start: int) -> None:
         if count == 0:
             raise EOFError
         done += count
+
+
+def _read(descriptor: int, start: int, size: int) -> bytes:
+    """Bytes, all of them; EOFError when the file ends before."""
+    found = os.pread(descriptor, size, start) if hasattr(os, "pread") else b""
+    if len(found) == size:
+        return found
+    room = bytearray(size)
+    _fill(descriptor, memoryview(room), start)
+    return bytes(room)
 
 
 if hasattr(os, "preadv"):

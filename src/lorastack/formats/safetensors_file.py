@@ -58,8 +58,8 @@ class SafetensorsFile:
                 "fetch it again",
             )
         self._file, self._start = file, 8 + length
-        raw = first[8:] if 8 + length <= len(first) else file.read(8, length)
-        header, self.metadata = _parse(raw[:length], file)
+        raw = first[8 : 8 + length] if 8 + length <= len(first) else file.read(8, length)
+        header, self.metadata = _parse(raw, file)
         room = size - self._start
         self.tensors: dict[str, Info] = _in_order(header, room) or _checked(header, room, self.path)
 
