@@ -4,16 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint types docs bench build clean
+.PHONY: help demo test test-slow lint types docs bench build clean
 
 help: ## Show what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 demo: $(VENV)/.demo ## See adapters add up: the same prompts under several stacks
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev ## Run every test (what needs a compiler is skipped with a reason)
-	$(BIN)/python -m pytest -ra $(ARGS)
+	$(BIN)/python -m pytest -ra -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.dev ## Run the tests that take minutes each
+	$(BIN)/python -m pytest -ra -m slow $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and formatting
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Apply against the two bare BLAS products, and opening a 200 MB adapter against the bare header read.
+"""Apply against the two bare BLAS products, opening a 200 MB adapter against the bare header read, and reading it.
 
 Run: python benchmarks/core.py
 """
@@ -93,6 +93,8 @@ def bench_open(folder: Path) -> None:
     }
     title = f"open a PEFT folder of {weights.stat().st_size / 2**20:.0f} MiB, {2 * LAYERS * len(SHAPES)} tensors"
     show(title, interleave(contenders), "bare header read (json)")
+    contenders = {"bare read of the file": weights.read_bytes, "load and read": lambda: LoadedLora.load(folder).check()}
+    show("read every factor of the PEFT folder", interleave(contenders, 10), "bare read of the file")
     path = folder / "adapter.gguf"
     contenders = {"gguf.GGUFReader": lambda: gguf.GGUFReader(path), "lorastack.load": lambda: LoadedLora.load(path)}
     show(f"open a GGUF file of {path.stat().st_size / 2**20:.0f} MiB", interleave(contenders, 20), "gguf.GGUFReader")

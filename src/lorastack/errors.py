@@ -51,6 +51,15 @@ def _readable(message: str) -> str:
     return "\n".join(line if len(line) <= 3000 else f"{line[:1500]} ... {line[-1000:]}" for line in lines)
 
 
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: a file's name may have bytes in it that are no letters."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class LoraStackError(Exception):
     """Base of every error this package raises on purpose.
 

@@ -22,6 +22,7 @@ from lorastack.core.factor import Factor
 from lorastack.errors import LoraStackError
 from lorastack.inspect import inspect
 from lorastack.torch import attach
+from tests.test_cli import Command, lorastack  # noqa: F401
 from tests.torch.families import FAMILIES, adapter_for, folder_of, linear_weights, logits, made
 from tests.torch.tiny import far
 
@@ -328,3 +329,23 @@ def test_only_the_files_of_the_index_are_the_base(tmp_path: Path) -> None:
     folder = folder_of(model, tmp_path)
     save_file({"layers.0.attention.wq.weight": torch.zeros(2, 2)}, folder / "consolidated.safetensors")
     assert "layers.0.attention.wq.weight" not in open_base(folder).shapes
+
+
+def test_the_command_says_where_a_text_adapter_fits_and_takes_it_there(lorastack: Command, tmp_path: Path) -> None:  # noqa: F811
+    model = made("llava")
+    folder = folder_of(model, tmp_path / "vlm")
+    there = adapter_for({n: s for n, s in linear_weights(model, "q_proj").items() if ".language_model." in n})
+    path = save(there.with_weights_renamed({"model.language_model": "model"}), tmp_path / "text")
+    refused = lorastack("inspect", path, "--base", folder)
+    assert refused.code == 1
+    assert "2 of 2 would fit under model.language_model; give --rename model=model.language_model" in refused.out
+    taken = lorastack("inspect", path, "--base", folder, "--rename", "model=model.language_model")
+    assert taken.code == 0
+    baked = lorastack(
+        "bake", path, "--rename", "model=model.language_model", "--base", folder, "-o", tmp_path / "baked"
+    )
+    assert baked.code == 0, baked.err
+    assert set(load(tmp_path / "baked").adapters) == set(there.adapters)
+    wrong = lorastack("inspect", path, "--rename", "nowhere=x")
+    assert wrong.code == 1
+    assert "no weight's name begins with" in wrong.err

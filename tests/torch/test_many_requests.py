@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lorastack import LoraStack, load
@@ -25,6 +26,7 @@ TEXTS = 400
 PROMPT = "Once upon a time, a boy had a ball. He went to the"
 
 
+@pytest.mark.slow
 def test_four_hundred_texts_of_eight_threads_are_each_requests_own(shared: Path) -> None:
     folder = shared / "stories260k"
     model, tokenizer = load_base(str(folder / "base"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from lorastack.core.delta import Kind, LoraDelta, as_floats, read_all
+from lorastack.core.delta import Kind, LoraDelta, as_floats, finite, read_all
 from lorastack.core.factor import Factor
 from lorastack.core.patterns import FirstMatch, Matcher, Pattern
-from lorastack.core.target import Naming, TargetModule, naming_of, place_of
+from lorastack.core.target import Naming, TargetModule, is_front, naming_of, place_of, with_new_front
 from lorastack.errors import ArgumentError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 
 #: What an adapter holds that is not a low-rank update: kind -> name -> value (see docs/extras.md).
 Extras = Mapping[str, Mapping[str, Any]]
+
+
+class SourceFile(Protocol):
+    """A file that an adapter was read from: ``path``, ``size``, and the hash of the bytes its numbers come from."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def size(self) -> int: ...
+    def sha256(self) -> str: ...
 
 
 @runtime_checkable
@@ -96,8 +106,8 @@ class LoadedLora:
         Whose names they are: ``"gguf"``, ``"hf"`` or ``"own"``.
     source
         Where it was loaded from; None for one made in memory.
-    files
-        Every file that was read for it.
+    opened
+        Every file that is read for it, as it was when opened; `files` has their paths.
     """
 
     name: str
@@ -107,7 +117,7 @@ class LoadedLora:
     naming: Naming = "own"
     source: Path | None = None
     file_alpha: float | None = None
-    files: tuple[Path, ...] = ()
+    opened: tuple[SourceFile, ...] = ()
     #: What views changed since it was loaded, for the provenance of what is made of it.
     history: tuple[tuple[str, Any], ...] = ()
     #: The adapters a baked one was made of, with their scales.
@@ -163,6 +173,7 @@ class LoadedLora:
         (2.0, 2, 1)
         """
         name = name or "lora"
+        alpha = None if alpha is None else finite(alpha, "an alpha")
         deltas: dict[str, LoraDelta] = {}
         for weight, value in tensors.items():
             if isinstance(value, LoraDelta):
@@ -180,7 +191,7 @@ class LoadedLora:
             name=name,
             adapters=MappingProxyType(deltas),
             naming=naming or naming_of(list(deltas)),
-            file_alpha=None if alpha is None else float(alpha),
+            file_alpha=alpha,
         )
 
     def save(self, path: str | Path, **options: Any) -> Path:
@@ -196,6 +207,11 @@ class LoadedLora:
     def num_adapters(self) -> int:
         """How many weights this adapter changes."""
         return len(self.adapters)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that is read for it."""
+        return tuple(file.path for file in self.opened)
 
     def check(self) -> None:
         """Read every factor now.
@@ -309,7 +325,7 @@ class LoadedLora:
             raise ArgumentError(f"{self.name}: no weight matches {dead}; its weights are named like {first}")
         by_number: dict[int | None, float] = dict(enumerate(table.values()))
         found = {name: by_number.get(patterns.first(name), 1.0) for name in self.adapters}
-        said = {_pattern_text(p): float(f) for p, f in table.items()}
+        said = {_pattern_text(p): finite(f, "a factor") for p, f in table.items()}
         return replace(
             self,
             adapters=LazyDeltas(found, lambda name, f: self.adapters[name].scaled(f)),
@@ -327,15 +343,15 @@ class LoadedLora:
         ArgumentError
             When ``old`` is the front of no weight, or two weights get one name.
         """
-        names = {name: _with_new_front(name, rename) for name in self.adapters}
+        names = {name: with_new_front(name, rename) for name in self.adapters}
         every = [*names, *(name for kind, values in self.extras.items() if kind != "alora" for name in values)]
-        dead = [old for old in rename if not any(_is_front(old, name) for name in every)]
+        dead = [old for old in rename if not any(is_front(old, name) for name in every)]
         if dead or len(set(names.values())) < len(names):
             why = f"no weight's name begins with {dead}" if dead else f"{dict(rename)} gives two weights one name"
             raise ArgumentError(f"{self.name}: {why}; its weights are named like {', '.join(every[:3])}")
         old_names = {new: old for old, new in names.items()}
         extras = {
-            kind: MappingProxyType({n if kind == "alora" else _with_new_front(n, rename): v for n, v in values.items()})
+            kind: MappingProxyType({n if kind == "alora" else with_new_front(n, rename): v for n, v in values.items()})
             for kind, values in self.extras.items()
         }
         return replace(
@@ -347,11 +363,22 @@ class LoadedLora:
 
     def has_front(self, old: str) -> bool:
         """Whether the name of a weight, or of an extra, begins with these whole parts."""
-        return any(_is_front(old, name) for values in (self.adapters, *self.extras.values()) for name in values)
+        return any(is_front(old, name) for values in (self.adapters, *self.extras.values()) for name in values)
 
     def renamed(self, name: str) -> LoadedLora:
         """The same adapter under another name."""
         return replace(self, name=name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its fields with the numbers of every factor: where it is unpickled there may be no such file."""
+        extras = {kind: dict(values) for kind, values in self.extras.items()}
+        plain = {name: dict(getattr(self, name)) for name in ("adapters", "metadata", "made")}
+        return {one.name: getattr(self, one.name) for one in fields(self)} | plain | {"extras": extras}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        extras = MappingProxyType({kind: MappingProxyType(values) for kind, values in state["extras"].items()})
+        frozen = {name: MappingProxyType(state[name]) for name in ("adapters", "metadata", "made")}
+        self.__dict__.update(state | frozen | {"extras": extras})
 
     def __copy__(self) -> LoadedLora:
         return self
@@ -363,18 +390,6 @@ class LoadedLora:
         extras = f", extras={sorted(self.extras)}" if self.extras else ""
         size = f"{self.num_adapters()} weights, rank={self.rank}"
         return f"LoadedLora({self.name!r}, {size}, naming={self.naming!r}{extras})"
-
-
-def _is_front(old: str, name: str) -> bool:
-    return old == "" or name == old or name.startswith(old + ".")
-
-
-def _with_new_front(name: str, rename: Mapping[str, str]) -> str:
-    """``name`` with the first matching front replaced; an empty one is put before, or taken away."""
-    for old, new in rename.items():
-        if _is_front(old, name):
-            return ".".join(part for part in (new, name[len(old) :].removeprefix(".")) if part)
-    return name
 
 
 def _pattern_text(pattern: Pattern) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
 
+from lorastack.core.dtypes import cast
 from lorastack.core.factor import Factor
-from lorastack.errors import ArgumentError, NonFiniteError, ShapeError, UnsupportedError
+from lorastack.errors import ArgumentError, NonFiniteError, ShapeError, UnsupportedError, shown
 from lorastack.ways import Way, ways
 
 Kind = Literal["linear", "embedding", "experts", "conv"]
 _NDIM: dict[str, tuple[int, ...]] = {"linear": (2,), "embedding": (2,), "experts": (3,), "conv": (3, 4, 5)}
+
+#: The floats that NumPy has of ``ml_dtypes``: it calls their kind void.
+_FURTHER_FLOATS = frozenset("bfloat16 float8_e4m3fn float8_e5m2".split())
 
 
 def multiplier(scale: float, scaling: float, dtype: np.dtype) -> float:
@@ -86,7 +91,7 @@ class LoraDelta:
         put = object.__setattr__
         put(self, "_a", fa)
         put(self, "_b", fb)
-        put(self, "scaling", float(scaling))
+        put(self, "scaling", finite(scaling, "a scaling"))
         put(self, "kind", kind)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -98,8 +103,8 @@ class LoraDelta:
     def __deepcopy__(self, memo: object) -> LoraDelta:
         return self
 
-    def __reduce__(self) -> tuple[type[LoraDelta], tuple[np.ndarray, np.ndarray, float, Kind]]:
-        return LoraDelta, (self.a, self.b, self.scaling, self.kind)
+    def __reduce__(self) -> tuple[type[LoraDelta], tuple[Factor, Factor, float, Kind]]:
+        return LoraDelta, (self._a, self._b, self.scaling, self.kind)
 
     def __repr__(self) -> str:
         return f"LoraDelta(rank={self.rank}, {self.in_features} -> {self.out_features}, scaling={self.scaling:g}" + (
@@ -193,7 +198,8 @@ class LoraDelta:
 
     def _arrays(self, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         read_all([self])
-        return self.a.astype(dtype, copy=False), self.b.astype(dtype, copy=False)
+        a, b = (in_type(factor.array, dtype, factor.label) for factor in self.factors)
+        return a, b
 
 
 def misfit(a: tuple[int, ...], b: tuple[int, ...], kind: Kind) -> str | None:
@@ -214,6 +220,26 @@ def misfit(a: tuple[int, ...], b: tuple[int, ...], kind: Kind) -> str | None:
     if kind == "conv" and any(side != 1 for side in b[2:]):
         return f"{shapes}: lora_B of a convolution has a kernel of 1"
     return None
+
+
+def finite(value: float, what: str) -> float:
+    """``value`` as a float; ArgumentError when it is no number, NaN or infinite."""
+    try:
+        if type(value) not in (int, float) and np.asarray(value).dtype.kind in "cmM":  # NumPy drops what does not fit
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ArgumentError(f"{what} is a number, got {shown(value)}") from error
+    if not math.isfinite(number):
+        raise ArgumentError(f"{what} is a finite number, got {number}")
+    return number
+
+
+def in_type(array: np.ndarray, dtype: np.dtype, label: str) -> np.ndarray:
+    """A factor in the type that computes; float64 may hold more than float32."""
+    if array.dtype == np.float64 and dtype == np.float32:
+        return cast(array, 1.0, dtype, label, whole=False)
+    return array.astype(dtype, copy=False)
 
 
 def compute_dtype(x: np.ndarray) -> np.dtype:
@@ -264,11 +290,12 @@ def read_all(deltas: list[LoraDelta]) -> None:
 
 def as_floats(array: np.ndarray, name: str) -> np.ndarray:
     """``array`` if it has a float dtype (bfloat16 too), as float32 if it holds integers; else ShapeError."""
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except (TypeError, ValueError) as error:  # lists of several lengths
+        raise ShapeError(f"{name} is {shown(array)}, not a float array") from error
     if array.dtype.kind in "iub":
         return array.astype(np.float32)
-    try:
-        np.isfinite(array[:0])
-    except (TypeError, IndexError) as error:
-        raise ShapeError(f"{name} is {array.dtype} of shape {array.shape}, not a float array") from error
-    return array
+    if array.ndim == 0 or not (array.dtype.kind == "f" or array.dtype.name in _FURTHER_FLOATS):
+        raise ShapeError(f"{name} is {array.dtype} of shape {array.shape}, not a float array")
+    return array.astype(np.float64) if array.dtype.itemsize > 8 else array

@@ -22,6 +22,15 @@ HARMLESS = frozenset({"base_weight"})
 NEVER_LIVE = frozenset({"norm", "alora"})
 
 
+#: Token ids are 32-bit numbers in every format and program.
+_MAX_TOKEN = (1 << 31) - 1
+
+
+def are_tokens(value: object) -> bool:
+    """Whether a value out of a file is a list of token ids."""
+    return isinstance(value, (list, tuple)) and all(type(one) is int and 0 <= one <= _MAX_TOKEN for one in value)
+
+
 def extras_at(extras: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
     """The kinds of extras that change what the weight ``name`` computes, beyond its low-rank update."""
     if not extras:

@@ -1,13 +1,14 @@
-"""Factor: one of the two arrays of a low-rank update, in memory or still in its file."""
+"""Factor: one of the two arrays of a low-rank update, in memory or not read yet."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from lorastack.core.dtypes import cast, nonfinite_count
+from lorastack.core.dtypes import any_value, cast, nonfinite_count
 from lorastack.errors import Failures, NonFiniteError
 from lorastack.ways import NONFINITE, ways
 
@@ -23,7 +24,8 @@ class Factor:
     shape, dtype
         What the array has when read. ``dtype`` is the stored type, in which the numbers are kept.
     read
-        Called without arguments, returns the array (a view of a mapped file where it can be).
+        Called without arguments, returns the array, in memory that is no file's: a file is written to and cut short
+        while it is in use.
     label
         Says where the numbers come from, for messages: file and tensor.
     allow_nonfinite
@@ -59,6 +61,9 @@ class Factor:
             array.flags.writeable = False
         return cls(array.shape, array.dtype, lambda: array, label, allow_nonfinite)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.take(), self.label, self.allow_nonfinite, self.stored)
+
     @property
     def array(self) -> np.ndarray:
         """The numbers, read-only, in the stored dtype (quantised types: float32).
@@ -91,13 +96,19 @@ class Factor:
         """The numbers as they are stored, NaN and Inf included, for looking at a file rather than using it."""
         return self._read() if self._array is None else self._array
 
-    def cast(self, times: float, dtype: np.dtype) -> np.ndarray:
-        """``times`` the numbers in ``dtype``, each rounded once, without keeping them."""
-        return cast(self.take(), times, dtype, self.label)
+    def cast(self, times: float, dtype: np.dtype, whole: bool = True) -> np.ndarray:
+        """``times`` the numbers in ``dtype``, each rounded once, without keeping them; see `dtypes.cast`."""
+        return cast(self.take(), times, dtype, self.label, whole)
 
     def mapped(self, change: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> Factor:
         """The same factor with ``change`` (a transpose, a reshape, a row permutation) applied when read."""
         return Factor(shape, self.dtype, lambda: change(self.take()), self.label, self.allow_nonfinite, self.stored)
+
+
+def _restored(array: np.ndarray, label: str, allow_nonfinite: bool, stored: str) -> Factor:
+    """A factor that was pickled, its numbers with it: where it is read there may be no such file."""
+    array.flags.writeable = False
+    return Factor(array.shape, array.dtype, lambda: array, label, allow_nonfinite, stored)
 
 
 class JoinedFactor(Factor):
@@ -118,7 +129,12 @@ class JoinedFactor(Factor):
         label = " + ".join(dict.fromkeys(factor.label for factor in factors))
         self.parts, self.axis = tuple(parts), axis
         super().__init__(
-            tuple(shape), dtype, lambda: self._join(1.0, dtype), label, any(f.allow_nonfinite for f in factors), stored
+            tuple(shape),
+            dtype,
+            lambda: self.cast(1.0, dtype, whole=False),
+            label,
+            any(f.allow_nonfinite for f in factors),
+            stored,
         )
 
     def _join(self, times: float, dtype: np.dtype) -> np.ndarray:
@@ -127,14 +143,19 @@ class JoinedFactor(Factor):
         failures = Failures("factors that are joined cannot be used")
         for own, factor in self.parts:
             stop = start + factor.shape[self.axis]
-            part = failures.get(partial(factor.cast, own * times, dtype))
+            part = failures.get(partial(factor.cast, own * times, dtype, whole=False))
             if part is not None:
                 out[(slice(None),) * self.axis + (slice(start, stop),)] = part
             start = stop
         failures.raise_any()
         return out
 
-    def cast(self, times: float, dtype: np.dtype) -> np.ndarray:
-        return (
-            self._join(times, dtype) if len(self.parts) > 1 else self.parts[0][1].cast(self.parts[0][0] * times, dtype)
-        )
+    def cast(self, times: float, dtype: np.dtype, whole: bool = True) -> np.ndarray:
+        if len(self.parts) == 1:
+            own, factor = self.parts[0]
+            return factor.cast(own * times, dtype, whole)
+        out = self._join(times, dtype)
+        if whole and not any_value(out):
+            for own, factor in self.parts:
+                factor.cast(own * times, dtype)  # says where all of it became zero
+        return out

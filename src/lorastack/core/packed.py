@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lorastack.core.delta import LoraDelta, check_input, multiplier, read_all
+from lorastack.core.delta import LoraDelta, check_input, in_type, multiplier, read_all
 from lorastack.errors import ShapeError
 
 Term = tuple[float, LoraDelta]
@@ -44,8 +44,9 @@ class PackedWeight:
             [np.full(d.rank, multiplier(scale, d.scaling, self.dtype), dtype) for scale, d in active]
             or [np.zeros(0, dtype)]
         )
-        self.a = self._join([d.a for _, d in active], axis)
-        self.b = self._join([np.swapaxes(d.b, -1, -2) if d.b.ndim < 4 else d.b for _, d in active], axis)
+        a, b = ([in_type(d.factors[n].array, self.dtype, d.factors[n].label) for _, d in active] for n in (0, 1))
+        self.a = self._join(a, axis)
+        self.b = self._join([np.swapaxes(part, -1, -2) if part.ndim < 4 else part for part in b], axis)
         if self.first.kind == "embedding":
             # Rows are looked up by token id, so a token's row must lie together.
             self.a = np.ascontiguousarray(self.a.T)
@@ -56,7 +57,7 @@ class PackedWeight:
     def _join(self, parts: list[np.ndarray], axis: int) -> np.ndarray:
         if not parts:
             return np.zeros((0, 0), self.dtype)
-        if len(parts) == 1:  # one float32 factor stays the mapped file's own memory
+        if len(parts) == 1:  # one float32 factor is not copied
             return np.ascontiguousarray(parts[0], self.dtype)
         shape = list(parts[0].shape)
         shape[axis] = sum(part.shape[axis] for part in parts)
@@ -69,9 +70,9 @@ class PackedWeight:
         return joined
 
     @cached_property
-    def wide(self) -> PackedWeight:
-        """The same in float64, for float64 input."""
-        return PackedWeight(self.terms, self.names, np.float64)
+    def other(self) -> PackedWeight:
+        """The same in float64, for float64 input; or in float32, where float64 came first."""
+        return PackedWeight(self.terms, self.names, np.float32 if self.dtype == np.float64 else np.float64)
 
     def apply(self, x: np.ndarray, out_features: int | None = None) -> np.ndarray:
         """The sum applied to ``x [..., in]``: ``[..., out]`` in float32, or float64 for float64 input."""
@@ -82,8 +83,8 @@ class PackedWeight:
             h = np.dot(self.a, x)
             h *= self.s
             return np.dot(h, self.b)
-        if x.dtype == np.float64 and self.dtype != np.float64:
-            return self.wide.apply(x)
+        if (x.dtype == np.float64) != (self.dtype == np.float64):
+            return self.other.apply(x)
         check_input(x, self.first)
         lead = x.shape if self.first.kind == "embedding" else x.shape[:-1]
         if not self.s.size:

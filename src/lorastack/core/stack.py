@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lorastack.core.adapter import LoadedLora, LoraAdapter
-from lorastack.core.delta import compute_dtype
+from lorastack.core.delta import compute_dtype, finite
 from lorastack.core.extras import KINDS, extras_at
 from lorastack.core.packed import PackedWeight, Term
 from lorastack.core.target import Naming, TargetModule
@@ -20,6 +19,9 @@ from lorastack.ways import CONVERT, Way, drop_extras, ways
 if TYPE_CHECKING:
     from lorastack.base import BaseModel
 
+#: Weight names whose sum is kept, those without any sum included.
+_MOST_PACKS = 1 << 10
+_UNKNOWN: Any = object()
 _KIND_NAMES = {"gguf": "GGUF tensor names", "hf": "Hugging Face names", "own": "names of its own"}
 
 
@@ -31,13 +33,20 @@ class Entry(NamedTuple):
     scale: float
 
 
+class _Now(NamedTuple):
+    """What a stack holds at one time, and what was packed of it."""
+
+    entries: tuple[Entry, ...]
+    packs: dict[str, PackedWeight | None]
+
+
 class LoraStack:
     """Adapters with scales, applied as one sum.
 
     Two lists: `push` takes a `LoadedLora` with a scale, found by weight name; `push_adapter` takes any
     object that satisfies `LoraAdapter`, found by (target module, layer). The stack is the only object
-    here that changes; it may be read from several threads while nobody changes it. ``copy.copy`` copies
-    the lists and shares the weights.
+    here that changes; several threads may read it while one changes it, and each sees the stack as it was at one time.
+    ``copy.copy`` copies the lists and shares the weights; a pickle has the numbers with it.
 
     Example
     -------
@@ -52,9 +61,8 @@ class LoraStack:
     """
 
     def __init__(self, entries: Iterable[tuple[LoadedLora, float]] = ()) -> None:
-        self._entries: list[Entry] = []
         self._adapters: list[LoraAdapter] = []
-        self._packs: dict[str, PackedWeight | None] = {}
+        self._now = _Now((), {})
         for lora, scale in entries:
             self.push(lora, scale)
 
@@ -79,8 +87,7 @@ class LoraStack:
                 f"{lora.name} has {_KIND_NAMES[lora.naming]}, {there.name} on this stack has "
                 f"{_KIND_NAMES[there.lora.naming]}; one stack holds one kind{ways(CONVERT)}"
             )
-        self._entries.append(Entry(self._free_name(lora.name), lora, _finite(scale)))
-        self._packs = {}
+        self._set([*self._entries, Entry(self._free_name(lora.name), lora, finite(scale, "a scale"))])
 
     def push_adapter(self, adapter: LoraAdapter) -> None:
         """Put any object that satisfies the `LoraAdapter` protocol on the second list."""
@@ -93,8 +100,8 @@ class LoraStack:
         """Remove and return the last ``(lora, scale)``; None when there is none."""
         if not self._entries:
             return None
-        entry = self._entries.pop()
-        self._packs = {}
+        *rest, entry = self._entries
+        self._set(rest)
         return entry.lora, entry.scale
 
     def remove(self, name: str) -> tuple[LoadedLora, float]:
@@ -105,22 +112,22 @@ class LoraStack:
         UnknownNameError
             A `LookupError` that lists the names there are.
         """
-        position = self._position(name)
-        self._packs = {}
-        entry = self._entries.pop(position)
+        entries = list(self._entries)
+        entry = entries.pop(self._position(name))
+        self._set(entries)
         return entry.lora, entry.scale
 
     def set_scale(self, name: str, scale: float) -> None:
         """Give the entry of that adapter name another scale."""
+        entries = list(self._entries)
         position = self._position(name)
-        self._entries[position] = self._entries[position]._replace(scale=_finite(scale))
-        self._packs = {}
+        entries[position] = entries[position]._replace(scale=finite(scale, "a scale"))
+        self._set(entries)
 
     def clear(self) -> None:
         """Remove everything, both lists."""
-        self._entries.clear()
+        self._set([])
         self._adapters.clear()
-        self._packs = {}
 
     @property
     def entries(self) -> tuple[tuple[LoadedLora, float], ...]:
@@ -159,10 +166,12 @@ class LoraStack:
 
     def __copy__(self) -> LoraStack:
         twin = LoraStack()
-        twin._entries = list(self._entries)
         twin._adapters = list(self._adapters)
-        twin._packs = dict(self._packs)
+        twin._now = _Now(self._entries, dict(self._packs))
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_adapters": self._adapters, "_now": _Now(self._entries, {})}
 
     def __repr__(self) -> str:
         entries = ", ".join(f"{entry.name}:{entry.scale:g}" for entry in self._entries)
@@ -207,11 +216,13 @@ class LoraStack:
         """
         if type(x) is not np.ndarray:
             x = np.asarray(x)
-        packs = self._packs
-        if tensor_name in packs:
-            pack = packs[tensor_name]
-        else:
-            pack = packs[tensor_name] = self._pack(tensor_name)
+        entries, packs = self._now
+        pack = packs.get(tensor_name, _UNKNOWN)
+        if pack is _UNKNOWN:
+            pack = _pack(tensor_name, entries, compute_dtype(x).type)
+            # A name that no adapter has may be any, of any number: not all of them are kept.
+            if pack is not None or len(packs) < _MOST_PACKS:
+                packs[tensor_name] = pack
         if pack is None:
             lead = x.shape if x.dtype.kind in "iu" else x.shape[:-1]
             return np.zeros((*lead, out_features), compute_dtype(x))
@@ -317,26 +328,17 @@ class LoraStack:
             progress=progress,
         )
 
-    def _pack(self, name: str) -> PackedWeight | None:
-        found = [(entry, entry.lora.get(name)) for entry in self._entries]
-        terms = [(entry.scale, delta) for entry, delta in found if delta is not None]
-        unmet = [
-            f"{entry.name}: {name} has {KINDS[kind]}"
-            for entry, _ in found
-            for kind in extras_at(entry.lora.extras, name)
-        ]
-        if unmet:
-            raise UnsupportedError(
-                "only low-rank updates can be applied to an array"
-                + ways(
-                    Way("attach the stack to a model with lorastack.torch", "give prompts to `lorastack run`"),
-                    drop_extras(),
-                    "take the adapter out",
-                ),
-                unmet,
-            )
-        names = [entry.name for entry, delta in found if delta is not None]
-        return PackedWeight(terms, names) if terms else None
+    @property
+    def _entries(self) -> tuple[Entry, ...]:
+        return self._now.entries
+
+    @property
+    def _packs(self) -> dict[str, PackedWeight | None]:
+        return self._now.packs
+
+    def _set(self, entries: Sequence[Entry]) -> None:
+        """Put other entries here, with nothing packed: in one step, so that no reader packs old ones for them."""
+        self._now = _Now(tuple(entries), {})
 
     def _position(self, name: str) -> int:
         for position, entry in enumerate(self._entries):
@@ -352,11 +354,21 @@ class LoraStack:
         return next(f"{name}#{n}" for n in range(2, len(taken) + 3) if f"{name}#{n}" not in taken)
 
 
-def _finite(scale: float) -> float:
-    try:
-        scale = float(scale)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"a scale is a number, got {scale!r}") from error
-    if not math.isfinite(scale):
-        raise ArgumentError(f"a scale is a finite number, got {scale}")
-    return scale
+def _pack(name: str, entries: Sequence[Entry], dtype: type) -> PackedWeight | None:
+    found = [(entry, entry.lora.get(name)) for entry in entries]
+    terms = [(entry.scale, delta) for entry, delta in found if delta is not None]
+    unmet = [
+        f"{entry.name}: {name} has {KINDS[kind]}" for entry, _ in found for kind in extras_at(entry.lora.extras, name)
+    ]
+    if unmet:
+        raise UnsupportedError(
+            "only low-rank updates can be applied to an array"
+            + ways(
+                Way("attach the stack to a model with lorastack.torch", "give prompts to `lorastack run`"),
+                drop_extras(),
+                "take the adapter out",
+            ),
+            unmet,
+        )
+    names = [entry.name for entry, delta in found if delta is not None]
+    return PackedWeight(terms, names, dtype) if terms else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -70,7 +71,8 @@ TargetModule.DOWN_PROJ = TargetModule("down_proj")
 _GGUF_NAME = re.compile(
     r"(?:(?:enc\.|dec\.)?blk\.(\d{1,9})\.([a-z0-9_]+)|token_embd|output|output_norm|cls(?:\.output)?)\.weight"
 )
-_HF_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d{1,9})(?=\.|$)")
+_HF_LISTS = frozenset("layers h blocks block layer".split())
+_NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 _HF_NAME = re.compile(r"[^.\s]+(?:\.[^.\s]+)+")
 
 
@@ -86,9 +88,12 @@ def place_of(name: str) -> tuple[TargetModule, int] | None:
     if match := _GGUF_NAME.fullmatch(name):
         target = _FROM_STEM.get(match[2] or "")
         return (TargetModule(target), int(match[1])) if target else None
-    before, _, module = name.removesuffix(".weight").rpartition(".")
-    if module in GGUF_STEM and name.endswith(".weight") and (numbers := _HF_LAYER.findall(before)):
-        return TargetModule(module), int(numbers[-1])  # the innermost, of blocks within blocks
+    *parts, target, ending = name.split(".") if name.count(".") > 2 else ("", "", "")
+    if ending != "weight" or target not in GGUF_STEM:
+        return None
+    for at in range(len(parts) - 1, 0, -1):  # the innermost list of layers
+        if parts[at - 1] in _HF_LISTS and _NUMBER.fullmatch(parts[at]):
+            return TargetModule(target), int(parts[at])
     return None
 
 
@@ -99,3 +104,16 @@ def naming_of(names: list[str]) -> Naming:
     if names and all(_HF_NAME.fullmatch(name) for name in names):
         return "hf"
     return "own"
+
+
+def is_front(old: str, name: str) -> bool:
+    """Whether a name begins with these whole parts."""
+    return old == "" or name == old or name.startswith(old + ".")
+
+
+def with_new_front(name: str, rename: Mapping[str, str]) -> str:
+    """``name`` with the first matching front replaced; an empty one is put before, or taken away."""
+    for old, new in rename.items():
+        if is_front(old, name):
+            return ".".join(part for part in (new, name[len(old) :].removeprefix(".")) if part)
+    return name

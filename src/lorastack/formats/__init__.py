@@ -15,6 +15,7 @@ from lorastack.files import below, whole_output
 from lorastack.formats import companions, gguf, peft
 from lorastack.formats.gguf_save import save_gguf
 from lorastack.formats.heads import is_gguf, is_safetensors, read_head
+from lorastack.formats.opened import OpenedFile
 from lorastack.formats.others import describe, is_peft
 from lorastack.formats.peft_config import CONFIG_NAME, read_config
 from lorastack.formats.peft_files import stands_for_folder
@@ -40,7 +41,8 @@ def load(
 ) -> LoadedLora:
     """Load an adapter: a GGUF file, a PEFT folder, or a hub id. The content decides, not the ending.
 
-    Opening checks the header and maps the file; factors are read when first used.
+    Opening checks the header; factors are read into memory when first used, from the same open of the file: one that
+    was changed meanwhile is an error.
 
     Parameters
     ----------
@@ -158,7 +160,7 @@ def _is_model(folder: Path) -> bool:
 
 def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:
     if (folder / CONFIG_NAME).is_file():
-        return peft.load(folder, _peft_config(folder), name, allow_nonfinite, ignore)
+        return peft.load(*_peft_config(folder), name, allow_nonfinite, ignore)
     if file := _lone_file(folder):
         return _load_file(file, name, allow_nonfinite, ignore)
     inside = _adapters_below(folder)
@@ -175,26 +177,28 @@ def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: 
 
 
 def _load_file(path: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:
-    head = read_head(path)
+    file = OpenedFile(path)
+    head = read_head(file)
     if is_gguf(head):
-        return gguf.load(path, name, allow_nonfinite)
+        return gguf.load(file, name, allow_nonfinite)
     refuse_part(path)
     folder = path.parent
     if not (folder / CONFIG_NAME).is_file():
-        weights = SafetensorsFile(path)
+        weights = SafetensorsFile(file)
         raise FormatError(f"{path}: it is {describe(weights.tensors, weights.metadata)}")
     if stands_for_folder(path):
         return _load_folder(folder, name, allow_nonfinite, ignore)
-    if is_safetensors(head) and not is_peft(names := SafetensorsFile(path).tensors):
+    if is_safetensors(head) and not is_peft(names := SafetensorsFile(file).tensors):
         raise FormatError(f"{path}: it is {describe(names)}")
-    return peft.load(folder, _peft_config(folder), name or path.stem, allow_nonfinite, ignore, weights=path)
+    return peft.load(*_peft_config(folder), name or path.stem, allow_nonfinite, ignore, weights=file)
 
 
-def _peft_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json as PEFT writes it; MLX has a file of the same name."""
-    raw = read_config(folder)
+def _peft_config(folder: Path) -> tuple[OpenedFile, dict[str, Any]]:
+    """adapter_config.json as PEFT writes it, and what is in it; MLX has a file of the same name."""
+    file = OpenedFile(folder / CONFIG_NAME)
+    raw = read_config(file)
     if "peft_type" not in raw and ("lora_parameters" in raw or "fine_tune_type" in raw):
         raise FormatError(
             f"{folder}: it is an MLX adapter (lora_parameters), which is not read yet; convert it to PEFT"
         )
-    return raw
+    return file, raw

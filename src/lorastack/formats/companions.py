@@ -26,7 +26,7 @@ KNOWN = (
 #: And what others are likely to be called.
 _LIKELY = re.compile("trainable|projector|embed|head|resampler|connector|qformer|classifier|score", re.IGNORECASE)
 _ENDINGS = (".bin", ".safetensors", ".pt", ".pth")
-_MAX_PICKLE = 1 << 24
+_MAX_PICKLE = 1 << 21
 
 
 def companions(folder: Path, own: Collection[Path]) -> dict[str, str]:

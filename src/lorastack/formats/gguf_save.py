@@ -15,14 +15,16 @@ from gguf.constants import GGMLQuantizationType as Q
 from lorastack.core import dtypes
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
-from lorastack.core.extras import HARMLESS, KINDS
+from lorastack.core.extras import HARMLESS, KINDS, are_tokens
 from lorastack.core.factor import Factor
-from lorastack.errors import Failures, FormatError, Problems
+from lorastack.errors import Failures, FormatError, Problems, is_text, shown
 from lorastack.formats.peft import RECIPE_KEY
 from lorastack.ways import CONVERT, Way, drop_extras, ways
 
 #: GGML_MAX_NAME, the closing zero included.
 _MAX_NAME = 64
+#: Keys with texts that are kept.
+_TEXTS = ("adapter.lora.task_name", "adapter.lora.prompt_prefix")
 _TYPES = {"f32": Q.F32, "f16": Q.F16, "bf16": Q.BF16, "q8_0": Q.Q8_0}
 
 
@@ -95,9 +97,10 @@ def uniform_alpha(lora: LoadedLora) -> float | None:
     llama.cpp divides in float32, so that is where they must agree.
     """
     alphas = {delta.scaling * delta.rank for delta in lora.adapters.values()}
-    first = np.float32(next(iter(alphas)))
-    same = all(np.float32(delta.scaling) == first / np.float32(delta.rank) for delta in lora.adapters.values())
-    return float(first) if same and first != 0 else None
+    with np.errstate(all="ignore"):
+        first = np.float32(next(iter(alphas)))
+        same = all(np.float32(delta.scaling) == first / np.float32(delta.rank) for delta in lora.adapters.values())
+    return float(first) if same and dtypes.FLOAT32_TINY <= abs(first) <= dtypes.FLOAT32_MAX else None
 
 
 def _check(lora: LoadedLora) -> None:
@@ -112,13 +115,27 @@ def _check(lora: LoadedLora) -> None:
     for name, delta in lora.adapters.items():
         if delta.kind == "conv":
             problems.add(f"weight {name} is a convolution, which GGUF adapters cannot hold")
-        if (length := len(f"{name}.lora_a".encode())) >= _MAX_NAME:
+        if (length := len(f"{name}.lora_a".encode(errors="replace"))) >= _MAX_NAME:
             problems.add(f"tensor {name}.lora_a: the name has {length} bytes, GGUF takes {_MAX_NAME - 1}")
+    tokens = lora.extras.get("alora", {}).get("invocation_tokens") or []
+    if not are_tokens(tokens):
+        problems.add(f"alora: invocation_tokens is {shown(tokens)}, expected a list of token ids")
+    _check_texts(lora, problems)
     for kind, values in lora.extras.items():
         if kind not in ("norm", "alora") and kind not in HARMLESS:
             first = next(iter(values))
             problems.add(f"{kind}: {KINDS[kind]}, such as {first}{ways(drop_extras(kind))}")
     problems.raise_any(FormatError)
+
+
+def _check_texts(lora: LoadedLora, problems: Problems) -> None:
+    said = {key: lora.metadata.get(key) for key in ("general.architecture", *_TEXTS)} | {"general.name": lora.name}
+    for key, value in said.items():
+        if isinstance(value, str) and not is_text(value):
+            problems.add(f"key {key}: {shown(value)} is no text that UTF-8 holds; give it another name")
+    for name in lora.adapters:
+        if not is_text(name):
+            problems.add(f"weight {shown(name)}: the name is no text that UTF-8 holds")
 
 
 def _tensors(lora: LoadedLora, dtype: str | None, fold: bool) -> Iterator[_Tensor]:
@@ -148,11 +165,21 @@ def _data(tensor: _Tensor) -> np.ndarray:
     quantised = tensor.kind == "q8_0"
     array = tensor.factor.cast(tensor.times, dtypes.numpy_type("f32" if quantised else tensor.kind))
     array = np.ascontiguousarray(array.T if tensor.transpose else array)
-    return gguf.quants.quantize(array, Q.Q8_0) if quantised else array
+    return _packed(array, tensor.factor.label) if quantised else array
+
+
+def _packed(array: np.ndarray, label: str) -> np.ndarray:
+    """``array`` as q8_0: blocks of 32 bytes, each behind a float16 that scales it, which must hold what is in it."""
+    with np.errstate(all="ignore"):
+        packed = gguf.quants.quantize(array, Q.Q8_0)
+    size = gguf.GGML_QUANT_SIZES[Q.Q8_0][1]
+    scales = packed.reshape(-1, size)[:, :2].copy().view(np.float16)
+    dtypes.check_kept(array, 1.0, scales, "q8_0", label)
+    return packed
 
 
 def _norm(norm: Factor) -> np.ndarray:
-    return np.ascontiguousarray(norm.take(), np.float32)
+    return np.ascontiguousarray(norm.cast(1.0, np.dtype(np.float32)))
 
 
 def _write_keys(writer: gguf.GGUFWriter, lora: LoadedLora, alpha: float, recipe: str | None) -> None:
@@ -160,7 +187,7 @@ def _write_keys(writer: gguf.GGUFWriter, lora: LoadedLora, alpha: float, recipe:
     writer.add_string("adapter.type", "lora")
     writer.add_string("general.name", lora.name)
     writer.add_float32("adapter.lora.alpha", alpha)
-    for key in ("adapter.lora.task_name", "adapter.lora.prompt_prefix"):
+    for key in _TEXTS:
         if isinstance(value := lora.metadata.get(key), str):
             writer.add_string(key, value)
     if tokens := lora.extras.get("alora", {}).get("invocation_tokens"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lorastack import files
 from lorastack.errors import FormatError, shown
+from lorastack.formats.opened import OpenedFile
 
 #: What a reader takes.
 Wanted = Literal["safetensors", "GGUF", "torch", "JSON"]
@@ -37,9 +37,10 @@ _FOREIGN: dict[tuple[bytes, ...], str] = {
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 
 
-def read_head(path: Path) -> bytes:
+def read_head(file: Path | OpenedFile) -> bytes:
     """The first bytes of a file."""
-    return files.read_head(path, _HEAD)
+    file = OpenedFile.of(file)
+    return file.read(0, min(_HEAD, file.size))
 
 
 def is_gguf(head: bytes) -> bool:
@@ -74,16 +75,15 @@ def foreign(head: bytes) -> str | None:
     return None
 
 
-def unreadable(path: Path, wanted: Wanted, otherwise: str) -> FormatError:
+def unreadable(file: OpenedFile, wanted: Wanted, otherwise: str) -> FormatError:
     """The error for a file that its reader cannot make sense of: what it is in truth, or else ``otherwise``."""
-    head = read_head(path)
-    return FormatError(f"{path}: it is {_said(head, wanted) or otherwise}")
+    return FormatError(f"{file}: it is {_said(read_head(file), wanted) or otherwise}")
 
 
-def refuse_foreign(path: Path, wanted: Wanted) -> None:
+def refuse_foreign(file: OpenedFile, wanted: Wanted) -> None:
     """Raise when the file is something else by its first bytes, for readers that would not notice by themselves."""
-    if said := _said(read_head(path), wanted):
-        raise FormatError(f"{path}: it is {said}")
+    if said := _said(read_head(file), wanted):
+        raise FormatError(f"{file}: it is {said}")
 
 
 def _said(head: bytes, wanted: Wanted) -> str | None:

@@ -8,14 +8,12 @@ from typing import Any
 import orjson
 
 from lorastack.errors import FormatError
-from lorastack.files import read_regular
 from lorastack.formats.heads import unreadable
+from lorastack.formats.limits import MAX_JSON, parsed_size_problem
+from lorastack.formats.opened import OpenedFile
 
-#: Configurations and indexes have less.
-MAX_JSON = 1 << 26
 
-
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: str | Path | OpenedFile) -> dict[str, Any]:
     """The object in the file.
 
     Raises
@@ -23,10 +21,16 @@ def read_object(path: Path) -> dict[str, Any]:
     FormatError
         When there is none in it.
     """
+    file = OpenedFile.of(path)
+    if file.size > MAX_JSON:
+        raise FormatError(f"{file}: it has {file.size} bytes, of JSON at most {MAX_JSON} are read; fetch it again")
+    raw = file.whole()
+    if problem := parsed_size_problem(raw, file.size):
+        raise FormatError(f"{file}: {problem}; fetch it again")
     try:
-        found = orjson.loads(read_regular(path, MAX_JSON))
+        found = orjson.loads(raw)
     except ValueError as error:
-        raise unreadable(path, "JSON", f"no JSON ({error}); fetch it again") from error
+        raise unreadable(file, "JSON", f"no JSON ({error}); fetch it again") from error
     if not isinstance(found, dict):
-        raise FormatError(f"{path}: it is no JSON object; fetch it again")
+        raise FormatError(f"{file}: it is no JSON object; fetch it again")
     return found

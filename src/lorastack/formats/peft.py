@@ -16,6 +16,7 @@ from lorastack.core.delta import Kind, LoraDelta, misfit
 from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, LoraStackWarning, Problems
 from lorastack.formats.companions import companions
+from lorastack.formats.opened import OpenedFile
 from lorastack.formats.peft_config import CONFIG_NAME, PeftConfig, parse_config
 from lorastack.formats.peft_extras import ExtraSorter, frozen, refuse, refuse_empty
 from lorastack.formats.peft_files import open_folder, open_weights
@@ -31,19 +32,19 @@ NOTES_KEY = "lorastack.notes"
 
 
 def load(
-    folder: Path,
+    config_file: OpenedFile,
     raw: dict[str, Any],
     name: str | None = None,
     allow_nonfinite: bool = False,
     ignore: Collection[str] = (),
-    weights: Path | None = None,
+    weights: OpenedFile | None = None,
 ) -> LoadedLora:
-    """Open a PEFT folder: config and header are checked, the factors stay in the mapped file.
+    """Open a PEFT folder: config and header are checked, the factors stay in the file.
 
-    ``raw`` is the content of its adapter_config.json; ``weights`` names the file of weights when it is not the
+    ``raw`` is the content of its adapter_config.json; ``weights`` is the file of weights when it is not the
     usual one.
     """
-    label = str(folder / CONFIG_NAME)
+    folder, label = config_file.path.parent, str(config_file)
     problems = Problems(f"cannot load {folder}")
     config = parse_config(raw, label, problems, ignore)
     if config is None:
@@ -55,8 +56,8 @@ def load(
     problems.raise_any(FormatError)
     if recipe := tensors.metadata.get(RECIPE_KEY):
         raw = {**raw, RECIPE_KEY: recipe}
-    files = (folder / CONFIG_NAME, *tensors.files)
-    notes = (*sorter.tensors.notes, *sorter.notes, *_unread(folder, files, ignore))
+    opened = (config_file, *tensors.files)
+    notes = (*sorter.tensors.notes, *sorter.notes, *_unread(folder, [file.path for file in opened], ignore))
     if notes:
         raw = {**raw, NOTES_KEY: notes}
     return LoadedLora(
@@ -65,8 +66,8 @@ def load(
         extras=MappingProxyType(sorter.extras.found),
         metadata=MappingProxyType(raw),
         naming="hf",
-        source=folder,
-        files=files,
+        source=weights.path if weights else folder,
+        opened=opened,
         file_alpha=config.alpha,
     )
 

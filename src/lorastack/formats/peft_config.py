@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 from lorastack.core.dtypes import FLOAT32_MAX
+from lorastack.core.extras import are_tokens
+from lorastack.core.patterns import PatternTable
 from lorastack.errors import FormatError, Problems, shown
 from lorastack.formats.json_object import read_object
+from lorastack.formats.opened import OpenedFile
 from lorastack.ways import ignoring, ways
 
 CONFIG_NAME = "adapter_config.json"
@@ -52,8 +53,8 @@ class PeftConfig:
     rank: int
     alpha: float
     rslora: bool
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
+    rank_pattern: PatternTable[int]
+    alpha_pattern: PatternTable[float]
     target_parameters: tuple[str, ...]
 
     @property
@@ -63,45 +64,28 @@ class PeftConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank of one module, by its path."""
-        return _first_hit(self.rank_pattern, module, self.rank)
+        return self.rank_pattern.first(module, self.rank) if self.rank_pattern else self.rank
 
     def saves(self, name: str) -> bool:
         """Whether the tensor ``name`` belongs to a module that ``modules_to_save`` names."""
-        modules = self.raw.get("modules_to_save")
-        named = modules if isinstance(modules, list) else []
-        return any(f".{module}." in f".{name}" for module in named if isinstance(module, str))
+        return any(f".{module}." in f".{name}" for module in self.raw.get("modules_to_save") or ())
 
     def scaling_of(self, module: str) -> float:
         """alpha / rank of one module, alpha / √rank under rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
         rank = self.rank_of(module)
-        alpha = _first_hit(self.alpha_pattern, module, self.alpha)
+        alpha = self.alpha_pattern.first(module, self.alpha) if self.alpha_pattern else self.alpha
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
-def _first_hit(pattern: dict[str, Any], module: str, default: Any) -> Any:
-    # The rule of peft.utils.get_pattern_key: a key matches the end of the path, after a dot; the first one counts.
-    for key, value in pattern.items():
-        if _compiled(key).match(module):
-            return value
-    return default
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _compiled(key: str) -> re.Pattern[str]:
-    # A pattern may have a key for each of a model's modules, and re's own cache holds 512.
-    return re.compile(rf"(.*\.)?({key})$")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The JSON object in the folder's adapter_config.json."""
-    path = folder / CONFIG_NAME
-    raw = read_object(path)
+def read_config(file: OpenedFile) -> dict[str, Any]:
+    """The JSON object in a folder's adapter_config.json."""
+    raw = read_object(file)
     inside: list[Any] = [raw]
     for _ in range(MAX_NESTING):
         inside = [v for value in inside for v in (value.values() if isinstance(value, dict) else value)]
         inside = [value for value in inside if isinstance(value, (dict, list))]
     if inside:
-        raise FormatError(f"{path}: it is nested more than {MAX_NESTING} deep, no configuration is; fetch it again")
+        raise FormatError(f"{file}: it is nested more than {MAX_NESTING} deep, no configuration is; fetch it again")
     return raw
 
 
@@ -124,10 +108,14 @@ def parse_config(
     rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)  # PEFT's own defaults
     rank_pattern, alpha_pattern = raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}
     before = len(problems.lines)
+    for field, (good, expected) in _KINDS.items():
+        if (value := raw.get(field)) and not good(value):
+            problems.add(f"{label}: {field} is {shown(value)}, expected {expected}; correct the config")
     if not _whole(rank):
         problems.add(f"{label}: r is {shown(rank)}, expected a whole number above 0")
     if not _finite(alpha):
         problems.add(f"{label}: lora_alpha is {shown(alpha)}, expected a finite number")
+    tables: dict[str, PatternTable[Any]] = {}
     for field, pattern, good in (
         ("rank_pattern", rank_pattern, _whole),
         ("alpha_pattern", alpha_pattern, _finite),
@@ -135,19 +123,60 @@ def parse_config(
         if not isinstance(pattern, dict) or not all(good(value) for value in pattern.values()):
             problems.add(f"{label}: {field} is {shown(pattern)}, expected module names with numbers")
             continue
-        for key in pattern:
-            try:
-                _compiled(key)
-            except (re.error, OverflowError, RecursionError) as error:
-                problems.add(f"{label}: {field} has {shown(key)}, which is no regular expression ({error})")
-    parameters = raw.get("target_parameters") or []
-    if not isinstance(parameters, list) or not all(isinstance(p, str) for p in parameters):
-        problems.add(f"{label}: target_parameters is {shown(parameters)}, expected a list of names")
+        tables[field] = PatternTable(pattern)
+        deep = {key: "its brackets are nested too deeply" for key in pattern if _depth(key) > MAX_NESTING}
+        for key, why in (tables[field].bad | deep).items():
+            problems.add(f"{label}: {field} has {shown(key)}, which is no regular expression read here ({why})")
     if len(problems.lines) > before:
         return None
     return PeftConfig(
-        raw, rank, float(alpha), bool(raw.get("use_rslora")), rank_pattern, alpha_pattern, tuple(parameters)
+        raw,
+        rank,
+        float(alpha),
+        bool(raw.get("use_rslora")),
+        tables["rank_pattern"],
+        tables["alpha_pattern"],
+        tuple(raw.get("target_parameters") or ()),
     )
+
+
+def _depth(key: str) -> int:
+    """How deep brackets are nested in a regular expression; Python's own, which PEFT uses, gives up at some depth."""
+    return max(accumulate((letter == "(") - (letter == ")") for letter in key), default=0) if "(" in key else 0
+
+
+def _names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _flag(value: object) -> bool:
+    return type(value) in (bool, int)
+
+
+def _token_rows(value: object) -> bool:
+    lists = value.values() if isinstance(value, dict) else [value]
+    return all(are_tokens(one) for one in lists)
+
+
+#: Fields that are used here, with what PEFT writes in them; null, like an empty value, is the same as none.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "base_model_name_or_path": (_text, "a text"),
+    "revision": (_text, "a text"),
+    "task_type": (_text, "a text"),
+    "bias": (_text, "none, all or lora_only"),
+    "use_rslora": (_flag, "true or false"),
+    "use_dora": (_flag, "true or false"),
+    "lora_bias": (_flag, "true or false"),
+    "fan_in_fan_out": (_flag, "true or false"),
+    "target_parameters": (_names, "a list of names"),
+    "modules_to_save": (_names, "a list of names"),
+    "alora_invocation_tokens": (are_tokens, "a list of token ids"),
+    "trainable_token_indices": (_token_rows, "lists of token ids"),
+}
 
 
 def _check_fields(raw: dict[str, Any], label: str, problems: Problems) -> None:

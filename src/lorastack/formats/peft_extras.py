@@ -70,7 +70,7 @@ class ExtraSorter:
         if raw.get("trainable_token_indices") and "new_tokens" not in self.found:
             self.problems.add(f"{where}: trainable_token_indices is set, but no trainable_tokens_delta is in the file")
         if tokens := raw.get("alora_invocation_tokens"):
-            self.found["alora"] = {"invocation_tokens": tuple(tokens) if isinstance(tokens, list) else tokens}
+            self.found["alora"] = {"invocation_tokens": tuple(tokens)}
 
     def _keep(self, kind: str, name: str, value: Any, key: str) -> None:
         kept = self.found.setdefault(kind, {})

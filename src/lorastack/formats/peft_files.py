@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorastack.errors import FormatError
+from lorastack.formats.opened import OpenedFile
 from lorastack.formats.peft_config import CONFIG_NAME
 from lorastack.formats.shards import INDEX_ENDING, Shards, parts_in
 from lorastack.formats.tensors import Tensors, open_tensors
@@ -20,11 +21,8 @@ _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 def open_folder(folder: Path) -> Tensors:
     """The weights of the adapter in a folder."""
-    for name in NAMES:
-        if (path := folder / name).is_file():
-            return open_tensors(path)
-        if (index := folder / (name + INDEX_ENDING)).is_file():
-            return Shards(index)
+    if path := _usual(folder):
+        return open_weights(OpenedFile(path))
     parts = parts_in(folder)
     if parts:
         raise FormatError(
@@ -38,11 +36,21 @@ def open_folder(folder: Path) -> Tensors:
     )
 
 
-def open_weights(path: Path) -> Tensors:
+def open_weights(file: OpenedFile) -> Tensors:
     """The weights in a file named by the caller: one file, or an index with its shards."""
-    return Shards(path) if path.name.endswith(INDEX_ENDING) else open_tensors(path)
+    return Shards(file) if file.path.name.endswith(INDEX_ENDING) else open_tensors(file)
 
 
 def stands_for_folder(path: Path) -> bool:
-    """Whether a file is named as PEFT names the files of an adapter's folder."""
-    return path.name.removesuffix(INDEX_ENDING) in (CONFIG_NAME, WEIGHTS, OLD_WEIGHTS)
+    """Whether a file is named as PEFT names those of an adapter's folder, and is read when the folder is given."""
+    if path.name == CONFIG_NAME:
+        return True
+    return path.name.removesuffix(INDEX_ENDING) in (WEIGHTS, OLD_WEIGHTS) and _usual(path.parent) == path
+
+
+def _usual(folder: Path) -> Path | None:
+    """The file of weights, or the index of its shards, that is read when the folder is given."""
+    for name in NAMES:
+        if (path := folder / name).is_file() or (path := folder / (name + INDEX_ENDING)).is_file():
+            return path
+    return None

@@ -14,10 +14,9 @@ import orjson
 from lorastack.core import dtypes
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
-from lorastack.core.dtypes import FLOAT32_MAX
 from lorastack.core.extras import KINDS
 from lorastack.core.factor import Factor
-from lorastack.errors import FormatError, Problems, shown
+from lorastack.errors import FormatError, Problems, is_text, shown
 from lorastack.formats.peft import RECIPE_KEY
 from lorastack.formats.peft_config import CONFIG_NAME
 from lorastack.formats.peft_files import WEIGHTS
@@ -48,9 +47,13 @@ def save_peft(
     dtypes.check_name(dtype, ("f32", "f16", "bf16"))
     _check(lora)
     config = _config(lora)
+    try:
+        said = orjson.dumps(config, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
+    except TypeError as error:
+        raise FormatError(f"{lora.name}: what {CONFIG_NAME} would say cannot be written as JSON: {error}") from error
     metadata = {"format": "pt"} | ({RECIPE_KEY: recipe} if recipe else {})
     write_safetensors(folder / WEIGHTS, list(_entries(lora, dtype)), metadata, progress)
-    (folder / CONFIG_NAME).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n")
+    (folder / CONFIG_NAME).write_bytes(said + b"\n")
 
 
 def _check(lora: LoadedLora) -> None:
@@ -62,8 +65,10 @@ def _check(lora: LoadedLora) -> None:
     for name, delta in lora.adapters.items():
         if delta.kind != "experts" and not name.endswith(".weight"):
             problems.add(f"weight {name}: its name does not end with .weight, which PEFT's modules have")
-        if not abs(delta.scaling) * delta.rank <= FLOAT32_MAX:
-            problems.add(f"weight {name}: its scaling {delta.scaling:g} takes an alpha of more than float32 holds")
+        if not is_text(name):
+            problems.add(f"weight {shown(name)}: the name is no text that UTF-8 holds")
+        if not abs(delta.scaling * delta.rank) <= dtypes.FLOAT32_MAX:
+            problems.add(f"weight {name}: its alpha would be {delta.scaling * delta.rank:g}, which float32 cannot hold")
     named = lora.metadata.get("modules_to_save")
     if lora.extras.get("modules_to_save") and named is not None and not isinstance(named, list):
         problems.add(f"modules_to_save is {shown(named)}, expected names{ways(drop_extras('modules_to_save'))}")
@@ -135,12 +140,13 @@ def _scaling(owners: Mapping[str, LoraDelta]) -> tuple[float, bool, dict[str, fl
 
 def _tidy(alpha: float, scaling: float, divisor: float) -> float:
     """A whole alpha where it gives the same scaling: 15.999999999999998 is 16 less a rounding."""
-    nearest = float(round(alpha))
+    nearest = float(round(alpha)) if abs(alpha) < 1 << 53 else alpha
     return nearest if abs(nearest / divisor - scaling) <= 1e-15 * abs(scaling) else alpha
 
 
 def _whole(value: float) -> float | int:
-    return int(value) if float(value).is_integer() and abs(value) < 2**53 else value
+    # Above 2**53 a float is no longer one certain whole number, and JSON's end at 64 bits.
+    return int(value) if float(value).is_integer() and abs(value) <= 1 << 53 else value
 
 
 def pattern_key(name: str) -> str:

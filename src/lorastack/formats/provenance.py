@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,8 @@ from typing import Any, Self
 import tomli_w
 
 from lorastack.core.adapter import LoadedLora
+from lorastack.errors import FormatError, is_text, shown
+from lorastack.ways import Way, ways
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,12 @@ class Provenance:
         said["adapter"] = [_table(one) for one in self.ingredients]
         if self.made:
             said["lorastack"] = dict(self.made)
-        return tomli_w.dumps(said)
+        text = tomli_w.dumps(said)
+        if not is_text(text):
+            names = ", ".join(shown(one.source) for one in self.ingredients)
+            way = ways("rename what is not", Way("pass recipe=False", None))
+            raise FormatError(f"the recipe names {names}, but only texts that UTF-8 holds can be kept{way}")
+        return text
 
 
 def sources_of(lora: LoadedLora) -> list[Path]:
@@ -77,13 +83,14 @@ def sources_of(lora: LoadedLora) -> list[Path]:
 
 
 def hashes(lora: LoadedLora) -> dict[str, str]:
-    """File name -> sha256 of every file the adapter was loaded from."""
-    return {_utf8(file.name): _sha256(file) for file in lora.files}
+    """File name -> sha256 of every file the adapter was loaded from, of the bytes that its numbers are read from.
 
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    Raises
+    ------
+    FormatError
+        When a file was changed since.
+    """
+    return {_utf8(file.path.name): file.sha256() for file in lora.opened}
 
 
 def _source(lora: LoadedLora) -> str:

@@ -1,4 +1,4 @@
-"""A mapped safetensors file: its header checked, its tensors as lazily read factors.
+"""A safetensors file: its header checked, its tensors as lazily read factors.
 
 The ``safetensors`` package gives NumPy no bfloat16 and does not say where a tensor lies, so the header
 is read here, with the package's own rules (safetensors/src/tensor.rs: at most 100 MB, every offset in
@@ -8,7 +8,6 @@ order, no hole, no overlap, no byte left over). Parsing it is what opening a fil
 from __future__ import annotations
 
 import math
-import mmap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,16 @@ import orjson
 from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, Problems, shown
 from lorastack.formats.heads import unreadable
+from lorastack.formats.limits import MAX_NAME, MAX_TENSORS, MOST_LISTED, parsed_size_problem
+from lorastack.formats.opened import OpenedFile
 
 MAX_HEADER = 100_000_000
 #: What every NumPy can hold.
 MAX_DIMENSIONS = 32
 _ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
          "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}  # fmt: skip
-_LARGE = 1 << 20
+#: How much of a file is read at first.
+_FIRST = 1 << 17
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 #: (dtype, shape, first byte after the header, last byte + 1)
@@ -41,52 +43,35 @@ class SafetensorsFile:
         Listing every entry that is wrong.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.files = path, (path,)
+    def __init__(self, path: Path | OpenedFile) -> None:
+        file = OpenedFile.of(path)
+        self.path, self.files = file.path, (file,)
         self.notes: tuple[str, ...] = ()
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 10 or length > min(size - 8, MAX_HEADER):
-                raise unreadable(
-                    path,
-                    "safetensors",
-                    f"no safetensors file, or cut short: it says its header has {length} bytes, the file has {size}; "
-                    "fetch it again",
-                )
-            raw = file.read(length)
-        self._start = 8 + length
-        header, self.metadata = _parse(raw, path)
+        size = file.size
+        first = file.read(0, min(_FIRST, size))  # with most headers in it
+        length = int.from_bytes(first[:8], "little")
+        if size < 10 or length > min(size - 8, MAX_HEADER):
+            raise unreadable(
+                file,
+                "safetensors",
+                f"no safetensors file, or cut short: it says its header has {length} bytes, the file has {size}; "
+                "fetch it again",
+            )
+        self._file, self._start = file, 8 + length
+        raw = first[8 : 8 + length] if 8 + length <= len(first) else file.read(8, length)
+        header, self.metadata = _parse(raw, file)
         room = size - self._start
-        self.tensors: dict[str, Info] = _in_order(header, room) or _checked(header, room, path)
-        self._mmap: mmap.mmap | None = None
-        self._map: np.ndarray | None = None
+        self.tensors: dict[str, Info] = _in_order(header, room) or _checked(header, room, self.path)
 
     def factor(self, name: str, allow_nonfinite: bool = False) -> Factor:
-        """The tensor as a `Factor` that reads from the mapped file."""
+        """The tensor as a `Factor` that reads it from the file into memory of its own."""
         stored, shape, start, stop = self.tensors[name]
         dtype = numpy_dtype(stored)
 
         def read() -> np.ndarray:
-            self._want(start, stop)
-            return self._bytes()[start:stop].view(dtype).reshape(shape)
+            return self._file.array(self._start + start, stop - start).view(dtype).reshape(shape)
 
         return Factor(shape, dtype, read, f"{self.path}: tensor {name}", allow_nonfinite, stored)
-
-    def _want(self, start: int, stop: int) -> None:
-        """Let the system read a large tensor in one go rather than page by page."""
-        if stop - start >= _LARGE and hasattr(mmap, "MADV_WILLNEED"):
-            self._bytes()
-            assert self._mmap is not None
-            first = (self._start + start) // mmap.PAGESIZE * mmap.PAGESIZE
-            self._mmap.madvise(mmap.MADV_WILLNEED, first, self._start + stop - first)
-
-    def _bytes(self) -> np.ndarray:
-        if self._map is None:
-            with self.path.open("rb") as file:
-                self._mmap = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._map = np.frombuffer(self._mmap, np.uint8)[self._start :]
-        return self._map
 
 
 def numpy_dtype(stored: str) -> np.dtype:
@@ -100,13 +85,16 @@ def numpy_dtype(stored: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, other))
 
 
-def _parse(raw: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _parse(raw: bytes, file: OpenedFile) -> tuple[dict[str, Any], dict[str, str]]:
     """The entries of a header, and its metadata."""
+    path = file.path
+    if problem := parsed_size_problem(raw, file.size):
+        raise FormatError(f"{path}: its header is damaged: {problem}")
     try:
         header = orjson.loads(raw)
     except ValueError as error:
         why = f"damaged or no safetensors file: its header is no JSON ({error})"
-        raise unreadable(path, "safetensors", why) from error
+        raise unreadable(file, "safetensors", why) from error
     if not isinstance(header, dict):
         raise FormatError(f"{path}: its header is no JSON object; it is no safetensors file")
     quotes = 2 if "__metadata__" in header else 0
@@ -115,6 +103,10 @@ def _parse(raw: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path}: __metadata__ in the header is no object of texts; the file is damaged")
+    if len(header) > MAX_TENSORS:
+        raise FormatError(f"{path}: it has {len(header)} tensors, at most {MAX_TENSORS} are read")
+    if (longest := max(map(len, header), default=0)) > MAX_NAME:
+        raise FormatError(f"{path}: the name of a tensor has {longest} letters, at most {MAX_NAME} are read")
     # A name given twice would silently lose one of the two: the parser keeps the last. How many quotes a header
     # without twins has is known, unless some are spelt as \u0022.
     quotes += 10 * len(header) + orjson.dumps(metadata).count(b'"')
@@ -176,6 +168,9 @@ def _checked(header: dict[str, Any], room: int, path: Path) -> dict[str, Info]:
     tensors: dict[str, Info] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
+        if len(problems.lines) == MOST_LISTED:
+            problems.add("and so on; the file is damaged")
+            break
         try:
             stored, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             sound = len(shape) <= MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
@@ -193,7 +188,7 @@ def _checked(header: dict[str, Any], room: int, path: Path) -> dict[str, Info]:
     spans.sort()
     end = 0
     for start, stop, name in spans:
-        if start != end:
+        if start != end and len(problems.lines) < MOST_LISTED:
             problems.add(f"tensor {name!r} begins at byte {start}, expected {end}: a hole or an overlap")
         end = stop
     if end != room and not problems:

@@ -8,6 +8,7 @@ from pathlib import Path
 from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, Problems, shown
 from lorastack.formats.json_object import read_object
+from lorastack.formats.opened import OpenedFile
 from lorastack.formats.safetensors_file import Info
 from lorastack.formats.tensors import open_tensors
 
@@ -25,9 +26,10 @@ class Shards:
         Listing every shard that is missing or not what the index says; part of an adapter is none.
     """
 
-    def __init__(self, index: Path) -> None:
-        self.path = index
-        wanted = _weight_map(index)
+    def __init__(self, file: Path | OpenedFile) -> None:
+        file = OpenedFile.of(file)
+        self.path = index = file.path
+        wanted = _weight_map(file)
         problems = Problems(f"cannot read {index}")
         names = sorted(set(wanted.values()))
         missing = [name for name in names if not (index.parent / name).is_file()]
@@ -40,7 +42,7 @@ class Shards:
                 if odd:
                     problems.add(f"{name} {what} {len(odd)} tensors such as {min(odd)}; fetch or save it again")
         problems.raise_any(FormatError)
-        self.files = (index, *(index.parent / name for name in names))
+        self.files = (file, *(part for shard in opened.values() for part in shard.files))
         self.notes = tuple(dict.fromkeys(note for shard in opened.values() for note in shard.notes))
         self.metadata = {key: value for shard in opened.values() for key, value in shard.metadata.items()}
         self._holder = {tensor: opened[name] for tensor, name in wanted.items()}
@@ -50,7 +52,7 @@ class Shards:
         return self._holder[name].factor(name, allow_nonfinite)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _weight_map(index: OpenedFile) -> dict[str, str]:
     """Tensor -> name of its shard, which lies beside the index."""
     found = read_object(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from lorastack.core.factor import Factor
 from lorastack.formats.heads import is_pickled, read_head
+from lorastack.formats.opened import OpenedFile
 from lorastack.formats.safetensors_file import Info, SafetensorsFile
 from lorastack.formats.torch_bin import TorchBin
 
@@ -21,7 +22,7 @@ class Tensors(Protocol):
     @property
     def path(self) -> Path: ...
     @property
-    def files(self) -> tuple[Path, ...]: ...
+    def files(self) -> tuple[OpenedFile, ...]: ...
     @property
     def tensors(self) -> Mapping[str, Info]: ...
     @property
@@ -44,10 +45,11 @@ class Renamed:
         return self._inner.factor(self._stored[name], allow_nonfinite)
 
 
-def open_tensors(path: Path) -> SafetensorsFile | TorchBin:
+def open_tensors(path: Path | OpenedFile) -> SafetensorsFile | TorchBin:
     """One file of weights: safetensors, or what torch.save wrote; where it ends as neither, its content decides."""
-    if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
-    if path.suffix == ".bin" or is_pickled(read_head(path)):
-        return TorchBin(path)
-    return SafetensorsFile(path)
+    file = OpenedFile.of(path)
+    if file.path.suffix == ".safetensors":
+        return SafetensorsFile(file)
+    if file.path.suffix == ".bin" or is_pickled(read_head(file)):
+        return TorchBin(file)
+    return SafetensorsFile(file)

@@ -6,15 +6,17 @@ What torch says of a file it refuses is not passed on: it advises to run the cod
 from __future__ import annotations
 
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorastack.core.factor import Factor
-from lorastack.errors import FormatError, require
+from lorastack.errors import FormatError, require, shown
 from lorastack.formats.heads import refuse_foreign
+from lorastack.formats.limits import MAX_NAME, MAX_TENSORS
+from lorastack.formats.opened import OpenedFile
+from lorastack.formats.pickled import check_pickles
 from lorastack.formats.safetensors_file import Info
 
 #: Where training programs keep the state dict inside what they save: Lightning, DeepSpeed, training loops of one's own.
@@ -33,18 +35,17 @@ class TorchBin:
         When torch refuses it: it is no state dict, or asks to run code.
     """
 
-    def __init__(self, path: Path) -> None:
-        refuse_foreign(path, "torch")
+    def __init__(self, file: OpenedFile) -> None:
+        refuse_foreign(file, "torch")
         torch: Any = require("torch", "torch")
-        self.path, self.files = path, (path,)
+        self.path, self.files = file.path, (file,)
+        path = file.path
         self.metadata: dict[str, str] = {}
         self.notes: tuple[str, ...] = ()
-        size = path.stat().st_size
         try:
-            if zipfile.is_zipfile(path):  # torch stores its parts as they are, but would unpack others
-                with zipfile.ZipFile(path) as parts:
-                    _check_size(path, sum(part.file_size for part in parts.infolist()), size)
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            check_pickles(file)
+            with file.stream() as stream:
+                state = torch.load(stream, map_location="cpu", weights_only=True)
         except FormatError:
             raise
         except Exception as error:  # torch raises whatever its unpickler meets
@@ -52,9 +53,14 @@ class TorchBin:
         state = self._unnested(state)
         if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
             raise FormatError(f"{path}: it holds no state dict of tensors; save the adapter again with PEFT")
+        if not all(isinstance(name, str) and len(name) <= MAX_NAME for name in state) or len(state) > MAX_TENSORS:
+            raise FormatError(
+                f"{path}: it holds {len(state)} tensors with keys such as {shown(next(iter(state)))}; expected at most "
+                f"{MAX_TENSORS}, with texts of at most {MAX_NAME} letters"
+            )
         # A tensor is a view of its storage, which its strides may repeat without end.
-        _check_size(path, sum(tensor.numel() * tensor.element_size() for tensor in state.values()), size)
-        self._arrays = {str(name): _to_numpy(torch, tensor, f"{path}: {name}") for name, tensor in state.items()}
+        _check_size(path, sum(tensor.numel() * tensor.element_size() for tensor in state.values()), file.size)
+        self._arrays = {name: _to_numpy(torch, tensor, f"{path}: {name}") for name, tensor in state.items()}
         self.tensors: dict[str, Info] = {
             name: (_STORED.get(array.dtype.name, array.dtype.name), array.shape, 0, array.nbytes)
             for name, array in self._arrays.items()

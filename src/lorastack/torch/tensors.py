@@ -18,7 +18,7 @@ with warnings.catch_warnings():
 
 
 def to_torch(factor: Factor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The factor's numbers in ``dtype`` on ``device``; a view of the mapped file when nothing has to change.
+    """The factor's numbers in ``dtype`` on ``device``; sharing its memory, never a file's, when nothing has to change.
 
     Raises
     ------
