@@ -55,7 +55,7 @@ def test_the_largest_alpha_is_written(tmp_path: Path) -> None:
     for scale in (1e15, 1e20, 1e38):
         again = load(save(LoraStack([(one, scale)]).bake(), tmp_path / f"{scale:g}"))
         assert again.adapters["model.layers.0.mlp.up_proj.weight"].scaling == pytest.approx(scale, rel=1e-12)
-    with pytest.raises(FormatError, match="its alpha would be .*, which float32 cannot hold"):
+    with pytest.raises(FormatError, match=r"its alpha would be .*, which float32 cannot hold"):
         save(one.scaled(3e38), tmp_path / "too-large")
 
 
