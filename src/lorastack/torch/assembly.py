@@ -214,6 +214,8 @@ class Assembly:
 
     def _check_places(self) -> None:
         """UnsupportedError when a module that is hooked is no longer the model's: what it gets has no effect."""
+        if not self.layers:
+            return
         now = Places(self.model)
         gone = [
             name

@@ -63,8 +63,18 @@ def entries_of(passes: Passes, model: nn.Module, hooked: Iterable[nn.Module], la
     wanted = {id(module) for module in hooked}
     found = [Entry(passes, model, True, layers)]
     blocks = {id(block) for module in model.modules() if isinstance(module, nn.ModuleList) for block in module}
-    for module in model.modules():
-        inside = module is not model and (id(module) in blocks or hasattr(module, "base_model_prefix"))
-        if inside and any(id(below) in wanted for below in module.modules() if below is not module):
+    seen: dict[int, bool] = {}
+
+    def holds(module: nn.Module) -> bool:
+        """Whether a hooked module lies below this one; entries are noted on the way."""
+        known = seen.get(id(module))
+        if known is not None:
+            return known
+        below = [holds(child) or id(child) in wanted for child in module._modules.values() if child is not None]
+        seen[id(module)] = inside = any(below)
+        if inside and module is not model and (id(module) in blocks or hasattr(module, "base_model_prefix")):
             found.append(Entry(passes, module, False, layers))
+        return inside
+
+    holds(model)
     return found

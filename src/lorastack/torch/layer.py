@@ -31,7 +31,6 @@ class LiveLayer(Factors):
         self.passes, self.number = passes, passes.number
         #: Whether a pass got here.
         self.reached = False
-        self._alone: Any = None
         self.bias: torch.Tensor | None = None
         self.embed_scale = getattr(place.module, "embed_scale", None) if place.kind == "embedding" else None
         self._handle: Any = None
@@ -42,7 +41,6 @@ class LiveLayer(Factors):
     def attach(self) -> None:
         """Register the hook."""
         if self._handle is None:
-            self._alone = eager(self._really_alone)
             self._handle = self.place.module.register_forward_hook(self._hook, with_kwargs=True)
 
     def attach_again(self) -> None:
@@ -62,17 +60,8 @@ class LiveLayer(Factors):
     def _hook(self, module: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor:
         running = CURRENT.running
         if running is None or running.number != self.number:
-            return self._alone(module, args, kwargs, output)
+            return _alone()(self, module, args, kwargs, output)
         return self._add(running, module, args, kwargs, output)
-
-    def _really_alone(self, module: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor:
-        """The module was called by itself: that is a pass of its own."""
-        running = self.passes.enter(self, args, kwargs, dict)
-        assert running is not None
-        try:
-            return self._add(running, module, args, kwargs, output)
-        finally:
-            self.passes.leave(self)
 
     def _add(self, running: Pass, module: Any, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor:
         self.reached = True
@@ -173,6 +162,28 @@ class LiveLayer(Factors):
 
     def _biased(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.bias is None else y + self.bias
+
+
+def _pass_of_its_own(
+    layer: LiveLayer, module: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor
+) -> torch.Tensor:
+    """The module was called by itself."""
+    running = layer.passes.enter(layer, args, kwargs, list)
+    assert running is not None
+    try:
+        return layer._add(running, module, args, kwargs, output)
+    finally:
+        layer.passes.leave(layer)
+
+
+_kept: list[Any] = []
+
+
+def _alone() -> Any:
+    """`_pass_of_its_own`, which compiled code leaves alone; made once, since that takes as long as a hook."""
+    if not _kept:
+        _kept.append(eager(_pass_of_its_own))
+    return _kept[0]
 
 
 def sweep(module: nn.Module, owner: Any) -> None:
