@@ -403,7 +403,7 @@ def test_files_of_training_are_no_companions(plain: Path) -> None:
     (plain / "additional_config.json").write_text("{}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load(plain)
+        assert inspect(load(plain)).odd == []
 
 
 def test_the_command_says_a_warning_plainly(plain: Path) -> None:
