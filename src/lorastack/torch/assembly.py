@@ -60,13 +60,14 @@ class Assembly:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, allow_partial: bool) -> None:
         self.model, self.dtype, self.allow_partial = model, dtype, allow_partial
-        self.places = Places(model)
         self.passes = Passes()
         self.layers: dict[str, Live] = {}
         self.patches: list[list[Patch]] = []
         self.candidates: list[Candidate] = []
         self.entries: list[Entry] = []
         self.scales = Scales()
+        #: The layers at which more than ``s`` follows the scales.
+        self._followers: list[Live] = []
         self.report = Report()
         #: Who owns this: as long as there are hooks, so is the handle.
         self.owner: Any = None
@@ -82,8 +83,7 @@ class Assembly:
 
     def add(self, adapters: Adapters) -> str:
         """Attach several adapters, all or, when something does not fit, none; returns the last one's name."""
-        self._check_places()
-        ready = self.prepare(adapters)
+        ready = self.prepare(adapters, self._places())
         return self._whole("an adapter is attached", partial(self._put_on, *ready))
 
     def remove(self, position: int) -> tuple[LoadedLora | LoraAdapter, float]:
@@ -92,8 +92,7 @@ class Assembly:
 
     def replace(self, position: int, adapter: LoadedLora | LoraAdapter, scale: float) -> str:
         """Put another adapter in place of one; it comes on top, and its name is returned."""
-        self._check_places()
-        ready = self.prepare([(adapter, scale)], without=position)
+        ready = self.prepare([(adapter, scale)], self._places(), without=position)
 
         def change() -> str:
             self._take_out(position)
@@ -103,15 +102,18 @@ class Assembly:
 
     def set_scales(self, scales: Mapping[int, float]) -> None:
         """Other scales, by position, from the next pass on."""
-        wanted = [scales.get(n, candidate.scale) for n, candidate in enumerate(self.candidates)]
-        self.scales.check(wanted, self.names)
+        before: list[Candidate] = []
 
         def change() -> None:
-            for n, scale in scales.items():
-                self.candidates[n] = replace(self.candidates[n], scale=scale)
+            before.extend(self.candidates)
+            self.scales.check([scales.get(n, one.scale) for n, one in enumerate(before)], self.names)
+            set_to([replace(one, scale=scales.get(n, one.scale)) for n, one in enumerate(before)])
+
+        def set_to(candidates: list[Candidate]) -> None:
+            self.candidates = candidates
             self._rescale()
 
-        self._whole("a scale is set", change, of_scales=True)
+        self._all_or_nothing("a scale is set", change, lambda: set_to(before or self.candidates))
 
     def clear(self) -> None:
         """Take everything off."""
@@ -124,11 +126,12 @@ class Assembly:
             for entry in self.entries:
                 entry.detach()
             self.layers, self.patches, self.entries = {}, [[] for _ in self.candidates], []
+            self._followers = []
             if hooked:
                 _say_forgotten(forget_compiled(self.model))
 
     def prepare(
-        self, adapters: Adapters, without: int | None = None
+        self, adapters: Adapters, places: Places, without: int | None = None
     ) -> tuple[list[Candidate], list[list[Prepared]], list[list[Patch]], dict[str, list[str]]]:
         """Everything made ready, nothing changed; one error lists all that does not fit."""
         staying = [n for n in range(len(self.candidates)) if n != without]
@@ -140,7 +143,7 @@ class Assembly:
         for adapter, scale in adapters:
             candidate = Candidate.of(adapter, float(scale), names)
             try:
-                parts, own, missing = prepare(candidate, self.places, self.dtype, self.allow_partial)
+                parts, own, missing = prepare(candidate, places, self.dtype, self.allow_partial)
                 Scales.check_parts(parts, candidate.scale, self.dtype)
             except LoraStackError as error:
                 for line in error.problems or [str(error)]:
@@ -160,22 +163,29 @@ class Assembly:
         problems.raise_any(UnsupportedError)
         return candidates, prepared, patches, left_out
 
-    def _whole(self, doing: str, change: Callable[[], T], of_scales: bool = False) -> T:
-        """Make a change between passes; whatever stops it, an interrupt included, everything is as it was before."""
+    def _whole(self, doing: str, change: Callable[[], T]) -> T:
+        """Make a change of what is attached; whatever stops it, everything is as it was before."""
         state = self._state()
+
+        def counted() -> T:
+            before = {name for name, layer in self.layers.items() if layer.attached}
+            made = change()
+            self.passes.version += 1
+            if before != {name for name, layer in self.layers.items() if layer.attached}:
+                _say_forgotten(forget_compiled(self.model))
+            return made
+
+        return self._all_or_nothing(doing, counted, partial(self._bring_back, state))
+
+    def _all_or_nothing(self, doing: str, change: Callable[[], T], undo: Callable[[], None]) -> T:
+        """Make a change between passes, and undo it when something stops it, an interrupt included."""
         try:
             with self.passes.between(doing):
-                before = {name for name, layer in self.layers.items() if layer.attached}
-                made = change()
-                if not of_scales:
-                    self.passes.version += 1
-                    if before != {name for name, layer in self.layers.items() if layer.attached}:
-                        _say_forgotten(forget_compiled(self.model))
-                return made
+                return change()
         except BaseException:
             self.passes.release()
             with self.passes.between(doing):
-                self._bring_back(state)
+                undo()
             raise
 
     def _state(self) -> _State:
@@ -210,12 +220,11 @@ class Assembly:
         for patch in [patch for group in self.patches for patch in group]:
             patch.attach()
         self.passes.version += 1
+        self._note_followers()
         self._rescale()
 
-    def _check_places(self) -> None:
-        """UnsupportedError when a module that is hooked is no longer the model's: what it gets has no effect."""
-        if not self.layers:
-            return
+    def _places(self) -> Places:
+        """The model as it is now; UnsupportedError when a module that is hooked is no longer in it."""
         now = Places(self.model)
         gone = [
             name
@@ -227,7 +236,7 @@ class Assembly:
                 "modules were replaced since, so that the stack has no effect there; detach, and attach again",
                 gone,
             )
-        self.places = now
+        return now
 
     def _layer_for(self, part: Prepared) -> Live:
         dtype = self.dtype or part.place.dtype
@@ -285,6 +294,7 @@ class Assembly:
             for n, c in enumerate(self.candidates)
         }
         self.report.nbytes = sum(layer.nbytes for layer in self.layers.values())
+        self._note_followers()
         self._rescale()
 
     def _set_entries(self) -> None:
@@ -306,9 +316,11 @@ class Assembly:
             for patch in patches:
                 if patch.on != (candidate.scale != 0):
                     patch.on = candidate.scale != 0
-        for layer in self.layers.values():
-            if layer.needs_refresh:
-                layer.refresh()
+        for layer in self._followers:
+            layer.refresh()
+
+    def _note_followers(self) -> None:
+        self._followers = [layer for layer in self.layers.values() if layer.needs_refresh]
 
 
 _said = False

@@ -16,7 +16,7 @@ from lorastack.torch.experts import LoraWeight
 from lorastack.torch.handle import ATTACHED, Handle
 from lorastack.torch.layer import LiveLayer
 from lorastack.torch.saved import BiasPatch, TokenPatch
-from lorastack.torch.wrappers import unwrapped
+from lorastack.torch.wrappers import modules_of, unwrapped
 
 
 def attach(
@@ -83,8 +83,10 @@ def attach_all(
 ) -> Handle:
     """As `attach`, for adapters of any naming side by side: each is converted to the model's own names."""
     model = unwrapped(model)
-    for module in model.modules():
-        if module in ATTACHED or any(_is_ours(hook) for hook in module._forward_hooks.values()):
+    with_a_stack = set(map(id, ATTACHED))
+    for module in modules_of(model):
+        hooks = module._forward_hooks
+        if id(module) in with_a_stack or (hooks and any(map(_is_ours, hooks.values()))):
             raise ArgumentError(
                 f"{type(module).__name__} has a stack attached already, or is a copy or a part of one that has; "
                 "change it through its handle, or detach it"
@@ -112,7 +114,7 @@ def detach(model: nn.Module) -> None:
     if handle is not None:
         handle.detach()
     ATTACHED.pop(model, None)
-    for module in model.modules():
+    for module in modules_of(model):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
                 for every in (

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from lorastack.torch.passes import CURRENT, Passes, eager
+from lorastack.torch.wrappers import parents_of
 
 
 class Entry:
     """One module at which a pass of a handle can begin."""
 
     def __init__(self, passes: Passes, module: nn.Module, is_root: bool, layers: Callable[[], Any]) -> None:
-        self.passes, self.number, self.module, self.is_root = passes, passes.number, module, is_root
+        self.passes, self.number, self.module = passes, passes.number, module
         self._layers = layers
-        self._enter, self._leave = eager(self._really_enter), eager(self._really_leave)
-        self._hooks = (self._enter, self._leave, self._begin, self._end)
+        # Those of the whole model run outside of compiled code, those inside are traced with it.
+        self._hooks = (eager(self._enter), eager(self._leave)) if is_root else (self._begin, self._end)
+        self._eager = _outside_compiled_code()
         self._handles: list[Any] = []
 
     def attach(self) -> None:
-        """Set the hooks. Those of the whole model run outside of compiled code, those inside are traced with it."""
+        """Set the hooks."""
         if len(self._handles) == 2:
             return
         self.detach()
-        begin, end = (self._enter, self._leave) if self.is_root else (self._begin, self._end)
+        begin, end = self._hooks
         register = self.module.register_forward_pre_hook
         self._handles.append(register(begin, with_kwargs=True, prepend=True))
         self._handles.append(self.module.register_forward_hook(end, with_kwargs=True, always_call=True))
@@ -41,40 +44,47 @@ class Entry:
     def __deepcopy__(self, memo: Any) -> Entry:
         return self  # a hook that goes along when a model is copied
 
-    def _really_enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.passes.enter(module, args, kwargs, self._layers)
 
-    def _really_leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.passes.leave(module)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         running = CURRENT.running
         if running is None or running.number != self.number:
-            self._enter(module, args, kwargs)
+            self._eager.enter(self, module, args, kwargs)
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         running = CURRENT.running
         if running is not None and running.entry is module:
-            self._leave(module, args, kwargs, output)
+            self._eager.leave(self, module, args, kwargs, output)
+
+
+class _Eager(NamedTuple):
+    enter: Any
+    leave: Any
+
+
+@cache
+def _outside_compiled_code() -> _Eager:
+    """The beginning and the end of a pass as compiled code calls them; made once, since it takes as long as a hook."""
+    return _Eager(eager(Entry._enter), eager(Entry._leave))
 
 
 def entries_of(passes: Passes, model: nn.Module, hooked: Iterable[nn.Module], layers: Callable[[], Any]) -> list[Entry]:
     """The model, and what of it is called alone: models inside it (encoders, vision towers) and the blocks of lists."""
-    wanted = {id(module) for module in hooked}
-    found = [Entry(passes, model, True, layers)]
-    blocks = {id(block) for module in model.modules() if isinstance(module, nn.ModuleList) for block in module}
-    seen: dict[int, bool] = {}
+    parents = parents_of(model)
+    above: dict[nn.Module, None] = {}  # the modules with a hooked one below them
+    below = list(hooked)
+    for module in below:
+        for parent in parents[module]:
+            if parent not in above:
+                above[parent] = None
+                below.append(parent)
+    inside = [module for module in above if module is not model and _is_called_alone(module, parents[module])]
+    return [Entry(passes, model, True, layers), *(Entry(passes, module, False, layers) for module in inside)]
 
-    def holds(module: nn.Module) -> bool:
-        """Whether a hooked module lies below this one; entries are noted on the way."""
-        known = seen.get(id(module))
-        if known is not None:
-            return known
-        below = [holds(child) or id(child) in wanted for child in module._modules.values() if child is not None]
-        seen[id(module)] = inside = any(below)
-        if inside and module is not model and (id(module) in blocks or hasattr(module, "base_model_prefix")):
-            found.append(Entry(passes, module, False, layers))
-        return inside
 
-    holds(model)
-    return found
+def _is_called_alone(module: nn.Module, parents: list[nn.Module]) -> bool:
+    return hasattr(type(module), "base_model_prefix") or any(isinstance(parent, nn.ModuleList) for parent in parents)

@@ -14,6 +14,8 @@ from lorastack.core.delta import LoraDelta
 from lorastack.torch.bypass import reads_weight
 from lorastack.torch.wrappers import Where, index_of, offloaded_to
 
+_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+
 
 class Place(NamedTuple):
     """One weight of a live model.
@@ -56,9 +58,15 @@ class Places:
         self._index: dict[str, Where] = index_of(model)
         self.modules: dict[str, nn.Module] = {path: where.module for path, where in self._index.items()}
         self._default = _model_dtype(model)
+        self._found: dict[str, Place | None] = {}
 
     def get(self, name: str) -> Place | None:
-        """The place of the weight ``name``; None when the model has none of that name."""
+        """The place of the weight ``name``, as it was when first asked for; None for a name not there."""
+        if name not in self._found:
+            self._found[name] = self._find(name)
+        return self._found[name]
+
+    def _find(self, name: str) -> Place | None:
         path, _, parameter = name.rpartition(".")
         module = self.modules.get(path)
         if module is None:
@@ -76,14 +84,15 @@ class Places:
         return where.parent, where.key
 
     def _type_of(self, module: nn.Module, parameter: str) -> tuple[torch.dtype, torch.device]:
-        weight = getattr(module, parameter, None)
-        tensors = [weight] if isinstance(weight, torch.Tensor) else []
-        tensors += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        device = tensors[0].device if tensors else torch.device("cpu")
+        first = getattr(module, parameter, None)
+        if not isinstance(first, torch.Tensor):
+            held = (*module._parameters.values(), *module._buffers.values())
+            first = next((tensor for tensor in held if tensor is not None), None)
+        device = torch.device("cpu") if first is None else first.device
         if device.type == "meta":
             device = offloaded_to(module) or device
-        if tensors and tensors[0].dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            return tensors[0].dtype, device
+        if first is not None and first.dtype in _FLOATS:
+            return first.dtype, device
         own = getattr(module, "compute_dtype", None)
         return (own if isinstance(own, torch.dtype) else self._default), device
 

@@ -23,21 +23,23 @@ class Scales:
 
     def __init__(self) -> None:
         self._groups: list[tuple[torch.Tensor, np.ndarray, np.ndarray]] = []
+        #: For each group: its type, and the largest multiplier at scale 1 of each entry.
+        self._most: list[tuple[torch.dtype, np.ndarray]] = []
 
     def state(self) -> Any:
         """What `restore` brings back, all but the numbers, which `write` computes."""
-        return list(self._groups)
+        return self._groups, self._most
 
     def restore(self, state: Any) -> None:
         """Be as `state` found it."""
-        self._groups = state
+        self._groups, self._most = state
 
     def lay_out(self, layers: list[Any], scales: list[float]) -> None:
         """Give every layer its view, after adapters came or went."""
         by_type: dict[tuple[torch.dtype, torch.device], list[Any]] = {}
         for layer in layers:
             by_type.setdefault((layer.dtype, layer.place.device), []).append(layer)
-        groups = []
+        groups, most = [], []
         for (dtype, device), group in by_type.items():
             slots = [slot for layer in group for slot in layer.slots]
             ranks = [slot.rank for slot in slots]
@@ -47,7 +49,9 @@ class Scales:
             for layer, view in zip(group, torch.split(flat, [layer.rank for layer in group]), strict=True):
                 layer.s = view
             groups.append((flat, entry, scaling))
-        self._groups = groups
+            most.append((dtype, np.zeros(len(scales), scaling.dtype)))
+            np.maximum.at(most[-1][1], entry, np.abs(scaling))
+        self._groups, self._most = groups, most
         self.write(scales)
 
     def write(self, scales: list[float]) -> None:
@@ -62,12 +66,11 @@ class Scales:
     def check(self, scales: Sequence[float], names: Sequence[str]) -> None:
         """ArgumentError that lists the adapters whose multipliers are infinite in the type that a layer computes in."""
         problems = Problems("these scales cannot be set")
-        for flat, entry, scaling in self._groups:
+        for dtype, most in self._most:
             with np.errstate(over="ignore"):
-                table = np.array(list(scales) or [0.0], scaling.dtype)
-                large = np.abs(table[entry] * scaling) > torch.finfo(flat.dtype).max
-            for n in sorted(set(entry[large].tolist())):
-                problems.add(f"{names[n]}: scale {scales[n]:g} times its scaling is infinite in {_name(flat.dtype)}")
+                large = np.abs(np.array(scales, most.dtype) * most) > torch.finfo(dtype).max
+            for n in np.flatnonzero(large).tolist():
+                problems.add(f"{names[n]}: scale {scales[n]:g} times its scaling is infinite in {_name(dtype)}")
         if problems:
             problems.subject += ways(_WIDER)
         problems.raise_any(ArgumentError)

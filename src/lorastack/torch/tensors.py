@@ -28,10 +28,10 @@ def to_torch(factor: Factor, dtype: torch.dtype, device: torch.device) -> torch.
     array = factor.take()
     if not array.flags.c_contiguous:
         array = np.ascontiguousarray(array)
-    if array.dtype.name == "bfloat16":
-        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    elif array.dtype.kind == "f":
+    if array.dtype.kind == "f":
         tensor = torch.from_numpy(array)
+    elif array.dtype.name == "bfloat16":
+        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     else:
         tensor = torch.from_numpy(array.astype(np.float32))
     return tensor.to(device=device, dtype=dtype)

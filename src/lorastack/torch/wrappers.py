@@ -29,6 +29,32 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Every module of a model once, itself first: as ``model.modules()``, in a fraction of its time."""
+    found, seen = [model], {id(model)}
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
+
+
+def parents_of(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """Every module of a model -> those that hold it."""
+    parents: dict[nn.Module, list[nn.Module]] = {model: []}
+    for module in (modules := [model]):
+        for child in module._modules.values():
+            if child is None:
+                continue
+            if child in parents:
+                parents[child].append(module)
+            else:
+                parents[child] = [module]
+                modules.append(child)
+    return parents
+
+
 def index_of(model: nn.Module) -> dict[str, Where]:
     """Path -> module, for every module of a model; what is wrapped stands under its wrapper's path."""
     index: dict[str, Where] = {}
@@ -80,12 +106,14 @@ def _inner(model: nn.Module) -> nn.Module | None:
 
 def _inner_key(module: nn.Module) -> str | None:
     """The name under which a wrapper holds what it wraps; None for what is no wrapper."""
-    found = next((key for key in _INSIDE if key in module._modules), None)
-    if found is None and isinstance(module, _PARALLEL):
+    names = module._modules
+    if not _INSIDE.isdisjoint(names):
+        return next(key for key in _INSIDE if key in names)
+    if isinstance(module, _PARALLEL):
         return "module"
-    if found is None and _is_peft(module):
-        return next((key for key in ("base_layer", "original_module") if key in module._modules), None)
-    return found
+    if _is_peft(module):
+        return next((key for key in ("base_layer", "original_module") if key in names), None)
+    return None
 
 
 def _is_peft(module: Any) -> bool:
