@@ -48,10 +48,12 @@ class OpenedFile(os.PathLike[str]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = path if isinstance(path, Path) else Path(path)
-        self._place = os.path.abspath(self.path)  # the working directory may be another when it is opened again
+        # The working directory may be another when it is opened again.
+        self._place = self.path if self.path.is_absolute() else Path(os.path.abspath(self.path))
         self._sha256: str | None = None
-        self._descriptor: _Descriptor | None = _open(self.path)
-        self._was = _settled(self._descriptor.number)
+        self._descriptor: _Descriptor | None
+        self._descriptor, status = _open(self.path)
+        self._was = _settled(self._descriptor.number, status)
         self.size = self._was.st_size
         _hold(self)
 
@@ -119,7 +121,7 @@ class OpenedFile(os.PathLike[str]):
         try:
             descriptor = self._descriptor
             if descriptor is None:
-                descriptor = self._descriptor = _open(Path(self._place))
+                descriptor = self._descriptor = _open(self._place)[0]
                 _hold(self)
             yield descriptor.number
             same = self._is(os.fstat(descriptor.number))
@@ -195,7 +197,7 @@ def _give_up_oldest() -> None:
         file._descriptor = None
 
 
-def _open(path: Path) -> _Descriptor:
+def _open(path: Path) -> tuple[_Descriptor, os.stat_result]:
     try:
         try:
             descriptor = _Descriptor(os.open(path, _FLAGS))
@@ -206,19 +208,19 @@ def _open(path: Path) -> _Descriptor:
                 while _HOLDING:
                     _give_up_oldest()
             descriptor = _Descriptor(os.open(path, _FLAGS))
-        mode = os.fstat(descriptor.number).st_mode
+        status = os.fstat(descriptor.number)
     except FileNotFoundError as error:
         raise FormatError(f"{path}: there is no such file") from error
     except (OSError, ValueError) as error:
         raise FormatError(f"{path}: it cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not stat.S_ISREG(mode):
-        raise FormatError(f"{path}: it is {_KINDS.get(stat.S_IFMT(mode), 'of an unknown kind')}, expected a file")
-    return descriptor
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "of an unknown kind")
+        raise FormatError(f"{path}: it is {kind}, expected a file")
+    return descriptor, status
 
 
-def _settled(descriptor: int) -> os.stat_result:
+def _settled(descriptor: int, found: os.stat_result) -> os.stat_result:
     """The file's status, at a time when writing to it again would change that."""
-    found = os.fstat(descriptor)
     left = TICK - (time.time() - max(found.st_mtime, found.st_ctime))
     if 0 < left <= TICK:
         time.sleep(left)

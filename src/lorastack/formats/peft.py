@@ -100,7 +100,6 @@ class _Sorter:
             keys = plain_keys(self.tensors.tensors, self.tensors.path, self.problems)
             if keys:
                 self.tensors = self.extras.tensors = Renamed(self.tensors, keys.stored, keys.notes)
-                self.how.clear()
                 rest = self._sort_plain()
         if rest:
             self._sort_rest(rest)
@@ -110,20 +109,22 @@ class _Sorter:
 
     def _sort_plain(self) -> list[str]:
         """Sort what nearly every key is; returns the keys that are something else, or not as expected."""
+        uniform = self.config.uniform and not self.config.target_parameters
+        self.how.clear()
+        if uniform and self._all_in_pairs():
+            return []
         rest: list[str] = []
         b_keys: list[str] = []
         tensors, how = self.tensors.tensors, self.how
-        config = self.config
-        rank, scaling = config.rank, config.scaling_of("")
-        plain = config.uniform and not config.target_parameters
-        # Most of opening a file is this loop, so what nearly every key is comes first and is checked in place.
+        how.clear()
+        rank, scaling = self.config.rank, self.config.scaling_of("")
         nothing: Info = ("", (), 0, 0)
         for key, (dtype, shape, _, _) in tensors.items():
             ending = key[-14:]
             if ending == ".lora_B.weight":
                 b_keys.append(key)
                 continue
-            if plain and ending == ".lora_A.weight" and key[:17] == PREFIX and len(shape) == 2:
+            if uniform and ending == ".lora_A.weight" and key[:17] == PREFIX and len(shape) == 2:
                 key_b = key[:-13] + "lora_B.weight"
                 dtype_b, shape_b, _, _ = tensors.get(key_b, nothing)
                 if (
@@ -137,10 +138,33 @@ class _Sorter:
                     how[key[17:-13] + "weight"] = (key, key_b, scaling, "linear", rank)
                     continue
             rest.append(key)
-        if rest or len(b_keys) != len(how):
-            paired = {one[1] for one in how.values()}
-            rest += [key for key in b_keys if key not in paired]
-        return rest
+        paired = {one[1] for one in how.values()}
+        return rest + [key for key in b_keys if key not in paired]
+
+    def _all_in_pairs(self) -> bool:
+        """Sort a file that is nothing but pairs of linear factors, side by side; False if it is not.
+
+        Most of opening a file is this loop, so what is checked is checked in place.
+        """
+        how, (rank, scaling) = self.how, (self.config.rank, self.config.scaling_of(""))
+        items = iter(self.tensors.tensors.items())
+        for (key, (dtype, shape, _, _)), (key_b, (dtype_b, shape_b, _, _)) in zip(items, items, strict=False):
+            stem = key[17:-13]
+            if (
+                key[-14:] != ".lora_A.weight"
+                or key_b != f"{PREFIX}{stem}lora_B.weight"
+                or key[:17] != PREFIX
+                or dtype not in FLOATS
+                or dtype_b not in FLOATS
+                or len(shape) != 2
+                or len(shape_b) != 2
+                or not shape[0] == rank == shape_b[1]
+                or not shape[1]
+                or not shape_b[0]
+            ):
+                return False
+            how[stem + "weight"] = key, key_b, scaling, "linear", rank
+        return len(self.tensors.tensors) % 2 == 0
 
     def _sort_rest(self, rest: list[str]) -> None:
         """Sort unusual modules and extras; note halves without the other, and foreign tensors."""

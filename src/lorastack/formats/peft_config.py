@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -80,13 +80,17 @@ class PeftConfig:
 def read_config(file: OpenedFile) -> dict[str, Any]:
     """The JSON object in a folder's adapter_config.json."""
     raw = read_object(file)
-    inside: list[Any] = [raw]
-    for _ in range(MAX_NESTING):
-        inside = [v for value in inside for v in (value.values() if isinstance(value, dict) else value)]
-        inside = [value for value in inside if isinstance(value, (dict, list))]
+    inside, depth = _holders(raw.values()), 1
+    while inside and depth < MAX_NESTING:
+        inside = _holders(v for value in inside for v in (value.values() if isinstance(value, dict) else value))
+        depth += 1
     if inside:
         raise FormatError(f"{file}: it is nested more than {MAX_NESTING} deep, no configuration is; fetch it again")
     return raw
+
+
+def _holders(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if type(value) in (dict, list)]
 
 
 def parse_config(

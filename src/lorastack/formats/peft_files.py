@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lorastack.errors import FormatError
@@ -50,7 +51,8 @@ def stands_for_folder(path: Path) -> bool:
 
 def _usual(folder: Path) -> Path | None:
     """The file of weights, or the index of its shards, that is read when the folder is given."""
-    for name in NAMES:
-        if (path := folder / name).is_file() or (path := folder / (name + INDEX_ENDING)).is_file():
-            return path
+    start = os.path.join(folder, "")  # text: opening is often, and paths take as long as the question
+    for name in [one + ending for one in NAMES for ending in ("", INDEX_ENDING)]:
+        if os.path.isfile(start + name):
+            return folder / name
     return None

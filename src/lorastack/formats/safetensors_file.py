@@ -27,7 +27,7 @@ MAX_DIMENSIONS = 32
 _ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
          "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}  # fmt: skip
 #: How much of a file is read at first.
-_FIRST = 1 << 17
+_FIRST = 1 << 13
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 #: (dtype, shape, first byte after the header, last byte + 1)
@@ -137,26 +137,27 @@ def _in_order(header: dict[str, Any], room: int) -> dict[str, Info] | None:
     This loop is half the cost of opening a file. None when anything is unusual: `_checked` then says what.
     """
     tensors: dict[str, Info] = {}
-    end = 0
+    end, whole = 0, int
     try:
         for name, entry in header.items():
             stored, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
             if len(shape) == 2:  # nearly always
                 rows, columns = shape
-                if type(rows) is not int or type(columns) is not int or not 0 < rows <= room or not 0 < columns <= room:
+                shape = rows, columns
+                if not (type(rows) is type(columns) is whole and rows > 0 < columns):
                     return None
                 size = _ITEM[stored] * rows * columns
             else:
                 size = _ITEM[stored]
                 if len(shape) > MAX_DIMENSIONS:
                     return None
-                for n in shape:
+                for n in (shape := tuple(shape)):
                     if type(n) is not int or not 0 < n <= room:
                         return None
                     size *= n
-            if start != end or type(start) is not int or type(stop) is not int or stop - start != size:
+            if start != end or stop - start != size or not (type(start) is type(stop) is whole):
                 return None
-            tensors[name] = (stored, tuple(shape), start, stop)
+            tensors[name] = stored, shape, start, stop
             end = stop
     except (KeyError, TypeError, ValueError):
         return None
