@@ -299,7 +299,7 @@ class Assembly:
 
     def _set_entries(self) -> None:
         hooked = [layer.place.module for layer in self.live_layers()]
-        wanted = entries_of(self.passes, self.model, hooked, self.live_layers)
+        wanted = entries_of(self.passes, self.model, hooked)
         there = {id(entry.module) for entry in self.entries}
         needed = {id(entry.module) for entry in wanted}
         for entry in [entry for entry in self.entries if id(entry.module) not in needed]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,9 +15,8 @@ from lorastack.torch.wrappers import parents_of
 class Entry:
     """One module at which a pass of a handle can begin."""
 
-    def __init__(self, passes: Passes, module: nn.Module, is_root: bool, layers: Callable[[], Any]) -> None:
+    def __init__(self, passes: Passes, module: nn.Module, is_root: bool) -> None:
         self.passes, self.number, self.module = passes, passes.number, module
-        self._layers = layers
         # Those of the whole model run outside of compiled code, those inside are traced with it.
         self._hooks = (eager(self._enter), eager(self._leave)) if is_root else (self._begin, self._end)
         self._eager = _outside_compiled_code()
@@ -45,7 +44,7 @@ class Entry:
         return self  # a hook that goes along when a model is copied
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.passes.enter(module, args, kwargs, self._layers)
+        self.passes.enter(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.passes.leave(module)
@@ -72,7 +71,7 @@ def _outside_compiled_code() -> _Eager:
     return _Eager(eager(Entry._enter), eager(Entry._leave))
 
 
-def entries_of(passes: Passes, model: nn.Module, hooked: Iterable[nn.Module], layers: Callable[[], Any]) -> list[Entry]:
+def entries_of(passes: Passes, model: nn.Module, hooked: Iterable[nn.Module]) -> list[Entry]:
     """The model, and what of it is called alone: models inside it (encoders, vision towers) and the blocks of lists."""
     parents = parents_of(model)
     above: dict[nn.Module, None] = {}  # the modules with a hooked one below them
@@ -83,7 +82,7 @@ def entries_of(passes: Passes, model: nn.Module, hooked: Iterable[nn.Module], la
                 above[parent] = None
                 below.append(parent)
     inside = [module for module in above if module is not model and _is_called_alone(module, parents[module])]
-    return [Entry(passes, model, True, layers), *(Entry(passes, module, False, layers) for module in inside)]
+    return [Entry(passes, model, True), *(Entry(passes, module, False) for module in inside)]
 
 
 def _is_called_alone(module: nn.Module, parents: list[nn.Module]) -> bool:

@@ -168,7 +168,7 @@ def _pass_of_its_own(
     layer: LiveLayer, module: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor
 ) -> torch.Tensor:
     """The module was called by itself."""
-    running = layer.passes.enter(layer, args, kwargs, list)
+    running = layer.passes.enter(layer, args, kwargs)
     assert running is not None
     try:
         return layer._add(running, module, args, kwargs, output)

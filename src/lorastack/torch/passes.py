@@ -70,7 +70,7 @@ class Passes:
         self._with_gradients: set[Plan | None] = set()
         self._went_back = False
 
-    def enter(self, entry: Any, args: Any, kwargs: Any, layers: Any) -> Pass | None:
+    def enter(self, entry: Any, args: Any, kwargs: Any) -> Pass | None:
         """Begin a pass at ``entry``; None inside one of the same handle.
 
         Raises
@@ -93,7 +93,7 @@ class Passes:
             self._live.add(new)
         try:
             if plan is not None and plan.mixtures is not None:
-                new.mixture, new.ways = plan.made(layers(), self.version)
+                new.mixture, new.ways = plan.made(self.version)
                 new.rows = plan.check_batch(batch_of(args, kwargs))
                 new.logits = plan.logits_of(kwargs)
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -45,7 +46,7 @@ class Plan:
     mixtures
         One mapping of adapter name to scale for each row; None for the stack's own scales.
     make
-        (layers, mixtures) -> what the rows are computed with.
+        () -> what the rows are computed with, and by layer.
     index
         Packed input: the row of every token, ``[tokens]``.
     copies
@@ -65,7 +66,7 @@ class Plan:
         self._holders, self._make = holders, make
         self._made: tuple[int, Any, dict[str, Any]] | None = None
 
-    def made(self, layers: Any, version: int) -> tuple[Any, dict[str, Any]]:
+    def made(self, version: int) -> tuple[Any, dict[str, Any]]:
         """What the rows are computed with, and by layer; made once for each set of attached adapters."""
         if self._made is None or self._made[0] != version:
             assert self._make is not None
@@ -119,10 +120,11 @@ _INPUTS = (
 
 def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """The rows of a call's batch; None when it has no tensor that tells."""
-    found = [kwargs[name] for name in _INPUTS if isinstance(kwargs.get(name), torch.Tensor)]
-    found += [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    first = next((tensor for tensor in found if tensor.dim() > 0), None)
-    return None if first is None else int(first.shape[0]) if first.dim() > 1 else 1
+    named = (kwargs[name] for name in _INPUTS if name in kwargs) if kwargs else ()
+    for tensor in itertools.chain(named, args, kwargs.values()):
+        if isinstance(tensor, torch.Tensor) and tensor.dim() > 0:
+            return int(tensor.shape[0]) if tensor.dim() > 1 else 1
+    return None
 
 
 def rows_of_layer(x: torch.Tensor, batch: int) -> int:
