@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import click
 import typer.main
 
 from lorastack.cli import app
+from lorastack.cli.help import parts_of
 
 TARGET = Path(__file__).parent / "cli.md"
 
@@ -19,15 +19,21 @@ def reference() -> str:
     group = typer.main.get_command(app)
     parts = ["# Command reference", "Written by `docs/build_reference.py` from the commands' own help."]
     for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
-        parts += [f"## lorastack {name}", inspect.cleandoc(command.help or ""), _table(command)]
+        parts += [f"## lorastack {name}", _text(command.help or ""), _table(command)]
     return "\n\n".join(parts) + "\n"
+
+
+def _text(help: str) -> str:
+    """A help text in Markdown, with its examples as blocks."""
+    parts = ["```sh\n" + "\n".join(part) + "\n```" if isinstance(part, list) else part for part in parts_of(help)]
+    return "\n\n".join(parts)
 
 
 def _table(command: click.Command) -> str:
     rows = ["| argument or option | what it is |", "|---|---|"]
     for parameter in command.params:
         names = ", ".join(f"`{o}`" for o in parameter.opts) if parameter.param_type_name == "option" else ""
-        shown = names or f"`{(parameter.metavar or parameter.name or '').replace('|', ' ')}`"
+        shown = names or f"`{(parameter.metavar or (parameter.name or '').upper()).replace('|', ' ')}`"
         text = (getattr(parameter, "help", None) or "").replace("|", "\\|")
         rows.append(f"| {shown.replace('|', ' ')} | {text} |")
     return "\n".join(rows)

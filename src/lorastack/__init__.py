@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lorastack.base import convert_names
-from lorastack.core.adapter import LoadedLora, LoraAdapter
-from lorastack.core.delta import LoraDelta
-from lorastack.core.stack import LoraStack
-from lorastack.core.target import TargetModule
-from lorastack.errors import LoraStackError
-from lorastack.formats import save
-from lorastack.recipe import load
-
 if TYPE_CHECKING:
-    from lorastack.torch import tune as tune
+    from lorastack.base import convert_names as convert_names
+    from lorastack.core.adapter import LoadedLora as LoadedLora
+    from lorastack.core.adapter import LoraAdapter as LoraAdapter
+    from lorastack.core.delta import LoraDelta as LoraDelta
+    from lorastack.core.stack import LoraStack as LoraStack
+    from lorastack.core.target import TargetModule as TargetModule
+    from lorastack.errors import LoraStackError as LoraStackError
+    from lorastack.errors import LoraStackWarning as LoraStackWarning
+    from lorastack.formats import save as save
+    from lorastack.recipe import load as load
+    from lorastack.torch.tune import tune as tune
 
 __version__ = "0.1.0"
 
-__all__ = [
+#: Name -> the module that has it. Each is imported when it is first asked for, so that what needs little starts soon.
+_HOMES = {
+    "LoadedLora": "core.adapter",
+    "LoraAdapter": "core.adapter",
+    "LoraDelta": "core.delta",
+    "LoraStack": "core.stack",
+    "LoraStackError": "errors",
+    "LoraStackWarning": "errors",
+    "TargetModule": "core.target",
+    "convert_names": "base",
+    "load": "recipe",
+    "save": "formats",
+    "tune": "torch.tune",
+}
+# `import *` does not load torch.
+__all__ = [  # noqa: PLE0604, RUF100
     "LoadedLora",
     "LoraAdapter",
     "LoraDelta",
     "LoraStack",
     "LoraStackError",
+    "LoraStackWarning",
     "TargetModule",
     "convert_names",
     "load",
@@ -32,9 +50,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Not in __all__: `import *` would load torch.
-    if name == "tune":
-        from lorastack.torch import tune
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+    return found
 
-        return tune
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -8,16 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import orjson
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from lorastack.errors import printable
 
 
 def plain(text: object) -> str:
     """A text as a cell or a line of rich shows it: no markup, no control characters."""
+    from rich.markup import escape
+
     return escape(printable(str(text)))
 
 
@@ -28,6 +27,8 @@ def echo(text: object, end: str = "\n", err: bool = False, prose: bool = False) 
 
 def echo_json(value: Any) -> None:
     """Print JSON; what a terminal would obey is escaped as JSON does."""
+    import orjson
+
     try:
         text = orjson.dumps(value, option=orjson.OPT_INDENT_2).decode()
     except TypeError:  # a path that is no UTF-8, a number beyond 64 bits
@@ -37,12 +38,18 @@ def echo_json(value: Any) -> None:
 
 def say_error(text: str) -> None:
     """Print an error of ours."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {plain(text)}")
+    _say("[bold red]error:[/]", text)
 
 
 def say_warning(text: str) -> None:
     """Print a warning of ours."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold yellow]warning:[/] {plain(text)}")
+    _say("[bold yellow]warning:[/]", text)
+
+
+def _say(label: str, text: str) -> None:
+    from rich.console import Console  # here, since help and completion go without it
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"{label} {plain(text)}")
 
 
 class _Saying(logging.Handler):
