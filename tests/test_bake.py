@@ -504,8 +504,8 @@ def test_all_that_does_not_fit_the_base_is_listed(base: BaseModel) -> None:
     with pytest.raises(NamingError, match=f"the stack does not fit base {base.name}: 2 problems") as caught:
         LoraStack([(lora, 1.0)]).bake(base=base)
     assert list(caught.value.problems) == [
-        f"weight {names[1]} is [8, 7] in the base, this adapter changes [9, 7]",
-        f"weight {names[2]} is none of the base's 4 weights",
+        f"lora: weight {names[1]} is [8, 7] in the base, this adapter changes [9, 7]",
+        f"lora: weight {names[2]} is none of the base's 4 weights",
     ]
 
 

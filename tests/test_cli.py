@@ -18,7 +18,8 @@ import typer.main
 from safetensors.numpy import load_file, save_file
 
 from lorastack import LoadedLora, LoraStack, __version__, convert_names, load
-from lorastack.cli import app, main
+from lorastack.cli import main
+from lorastack.cli.app import app
 
 Q = "blk.0.attn_q.weight"
 COMMAND = Path(sys.executable).with_name("lorastack")
@@ -197,8 +198,8 @@ def test_inspect_shows_a_table(lorastack: Command) -> None:
     assert rows["adapter"] == ["excited", "robot"]
     assert rows["format"] == ["GGUF", "PEFT"]
     assert rows["base"] == ["llama", "lorastack-demo-base"]
-    assert rows["weights"][0] == "28 (attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down)"
-    assert rows["weights"][1].startswith("28 (")
+    assert rows["weights"] == ["28", "28"]
+    assert rows["modules"][0] == "attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down"
     assert rows["rank"] == ["4", "8"]
     assert rows["alpha"] == ["8", "8"]
     assert rows["scaling"] == ["2", "2.82843"]

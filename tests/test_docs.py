@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from lorastack.cli import app
+from lorastack.cli.app import app
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -146,7 +146,7 @@ def test_a_single_gguf_file_is_the_adapter_and_two_are_listed(cache: Path, tmp_p
     one, (kind, text) = answers(cache, tmp_path, "acme/one-file", "acme/two-files")
     assert one == ["one-file", "gguf"]
     assert kind == "FormatError"
-    assert "name one file" in text
+    assert "it holds several adapters; load one of them" in text
     assert "a.gguf" in text
     assert "b.gguf" in text
 

@@ -199,7 +199,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_word_is_a_file_and_a_scale(word: str, expected: tuple[str, float]) -> None:
-    assert parse_entry(word) == expected
+    assert parse_entry(word) == (*expected, None)
 
 
 @pytest.mark.parametrize("word", ["zara:much", "zara:0.7:x", "ab:/zara", "zara:", "zara:nan", "zara:inf"])
@@ -211,8 +211,16 @@ def test_a_word_with_a_scale_that_is_none_is_refused(word: str) -> None:
 def test_a_file_with_a_colon_in_its_name_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("zara:0.5").write_text("")
-    assert parse_entry("zara:0.5") == ("zara:0.5", 1.0)
-    assert parse_entry("zara:0.5:2") == ("zara:0.5", 2.0)
+    assert parse_entry("zara:0.5") == ("zara:0.5", 1.0, None)
+    assert parse_entry("zara:0.5:2") == ("zara:0.5", 2.0, None)
+    Path("a=b").write_text("")
+    assert parse_entry("a=b:2") == ("a=b", 2.0, None)
+
+
+def test_a_name_of_ones_own_stands_in_front() -> None:
+    assert parse_entry("hers=loras/zara.gguf:0.5") == ("loras/zara.gguf", 0.5, "hers")
+    assert parse_entry("my style=acme/style@v1") == ("acme/style@v1", 1.0, "my style")
+    assert parse_entry("./a=b/zara") == ("./a=b/zara", 1.0, None), "a path is no name"
 
 
 # ---- what it means

@@ -162,8 +162,8 @@ REFUSED = {
     "peft": ("several adapters", "peft/opencalm-1b-r1"),
     "other": ("several adapters", "mlx-dpo-test"),
     "refuse": ("several adapters", "peftreg-ia3_mlp"),
-    "gguf_cases": ("no adapter_config.json", "lora_moe.gguf"),
-    "stories260k/gguf": ("no adapter_config.json", "zara.f16.gguf"),
+    "gguf_cases": ("several adapters", "lora_moe.gguf"),
+    "stories260k/gguf": ("several adapters", "zara.f16.gguf"),
     "stories260k/adapters": ("several adapters", "robot-garden"),
     "stories260k": ("base.gguf", "whole model"),
 }

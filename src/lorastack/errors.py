@@ -51,6 +51,18 @@ def _readable(message: str) -> str:
     return "\n".join(line if len(line) <= 3000 else f"{line[:1500]} ... {line[-1000:]}" for line in lines)
 
 
+def did_you_mean(word: str, names: Iterable[str], where: str = "", cutoff: float = 0.6) -> str:
+    """The names nearest to a word, each behind ``where``, as the end of a message; empty when none is near.
+
+    >>> did_you_mean("exited", ["excited", "luna"])
+    '; did you mean excited?'
+    """
+    from difflib import get_close_matches
+
+    near = get_close_matches(word[:200], list(dict.fromkeys(names))[:2000], n=3, cutoff=cutoff)
+    return f"; did you mean {' or '.join(where + name for name in near)}?" if near else ""
+
+
 def is_text(value: str) -> bool:
     """Whether UTF-8 can hold it: a file's name may have bytes in it that are no letters."""
     try:

@@ -7,10 +7,16 @@ import re
 from pathlib import Path
 
 from lorastack.errors import FormatError
-from lorastack.files import local, status_of
+from lorastack.files import local, nearest, status_of
 
 #: owner/name, then a folder inside, then a revision.
 _HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)((?:/[\w][\w.-]*)*)(?:@([\w][\w./-]*))?")
+#: owner/name, then perhaps a revision, and a place in it.
+_ADDRESS = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)"
+    r"(?:/(?:tree|blob|resolve|raw)/([^/?#]+)((?:/[^/?#]+)*))?/?(?:[?#].*)?"
+)
+_FILES = (".gguf", ".safetensors", ".bin")
 _CONFIG = "adapter_config.json"
 #: With shards and their index.
 ADAPTER_FILES = (_CONFIG, "adapter_model*", "*.gguf", "config.json")
@@ -27,19 +33,41 @@ def resolve(given: str, subfolder: str | None = None, patterns: tuple[str, ...] 
     path = local(given)
     if status_of(path) is not None:
         return path if subfolder is None else _inside(path, subfolder)
-    match = _HUB_ID.fullmatch(given)
-    if not match or given.startswith((".", "/", "~")) or given.endswith((".gguf", ".safetensors", ".bin")):
-        raise FormatError(f"{given}: there is no such file or folder")
+    match = _HUB_ID.fullmatch(_of_address(given))
+    if not match or given.startswith((".", "/", "~")) or given.endswith(_FILES):
+        raise FormatError(f"{given}: there is no such file or folder{nearest(path)}")
     repository, inner, revision = match.groups()
     # The client looks a revision up as a path in its cache, and ".." would lead out of it.
     if revision and any(part in ("", ".", "..") for part in revision.split("/")):
         raise FormatError(f"{given}: {revision} is no revision; give a branch, a tag or a commit")
     inner = "/".join(part for part in (inner.strip("/"), subfolder) if part)
+    if inner.endswith(_FILES):
+        return _inside(_snapshot(given, repository, revision, [inner]), inner)
     folder = _snapshot(given, repository, revision, [f"{inner}/{p}" if inner else p for p in patterns])
     if not inner and _CONFIG in patterns and (inner := _lone_subfolder(folder)):
         folder = _snapshot(given, repository, revision, [f"{inner}/{p}" for p in patterns])
         return _inside(folder, inner)
     return _inside(folder, inner) if inner else folder
+
+
+def _of_address(given: str) -> str:
+    """The hub id that an address of the hub's web pages means, as copied from a browser; else what was given.
+
+    >>> _of_address("https://huggingface.co/acme/style/tree/main/v2?x=1"), _of_address("https://hf.co/acme/style/")
+    ('acme/style/v2@main', 'acme/style')
+    >>> _of_address("https://huggingface.co/acme/style/blob/main/adapter_model.safetensors")
+    'acme/style@main'
+    """
+    if not given.startswith(("https://", "http://")):
+        return given
+    found = _ADDRESS.fullmatch(given)
+    if not found:
+        raise FormatError(f"{given}: it is no address of a model on huggingface.co; give owner/name, or a file here")
+    repository, revision, inner = found[1], found[2], found[3] or ""
+    folder, _, last = inner.rpartition("/")
+    if last.startswith("adapter_"):  # a file of the adapter's folder
+        inner = folder
+    return f"{repository}{inner}" + (f"@{revision}" if revision else "")
 
 
 def _lone_subfolder(folder: Path) -> str | None:

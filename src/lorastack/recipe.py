@@ -12,21 +12,18 @@ from typing import Any
 from lorastack import formats
 from lorastack.base import BaseModel, convert_names, open_base
 from lorastack.core.adapter import LoadedLora
-from lorastack.core.patterns import FirstMatch, PatternError
 from lorastack.core.stack import LoraStack
 from lorastack.core.target import Naming
-from lorastack.errors import ArgumentError, LoraStackError, Problems, shown
-from lorastack.files import local, present
+from lorastack.errors import ArgumentError, FormatError, LoraStackError, Problems, shown
+from lorastack.files import below, local, nearest, present
 from lorastack.formats.provenance import Ingredient, Provenance, hashes
 from lorastack.mixture import parse_entry
-from lorastack.recipe_text import read_text, values_of
+from lorastack.recipe_text import ingredient_of, located, read_text, values_of
 from lorastack.ways import BASE, MIXED, ways
 
 #: How deep recipes may lie within recipes, and what may come of them in all: two in each of thirty make a thousand
 #: million adapters.
 MAX_DEPTH, MAX_INGREDIENTS, MAX_STEPS = 16, 10_000, 100_000
-_ADAPTER_KEYS = {"source", "scale", "name", "select", "scales", "steps", "sha256"}
-_STEPS = {"select", "scales", "names", "rename", "without_extras"}
 
 
 @dataclass(frozen=True)
@@ -63,12 +60,14 @@ class Recipe(Provenance):
         if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
             problems.add("it has no [[adapter]] with a source")
             tables = []
-        ingredients = [one for n, t in enumerate(tables) if (one := _ingredient(n, t, folder, problems))]
+        ingredients = [one for n, t in enumerate(tables) if (one := ingredient_of(n, t, folder, problems))]
+        if folder is not None:
+            ingredients = [replace(one, recipe=label) for one in ingredients]
         base = said.get("base")
         if base is not None and not isinstance(base, str):
             problems.add(f"base is {shown(base)}, expected a path or hub id")
         problems.raise_any(ArgumentError)
-        return cls(tuple(ingredients), _located(base, folder) if base else None)
+        return cls(tuple(ingredients), located(base, folder) if base else None)
 
     @property
     def sources(self) -> list[str]:
@@ -81,7 +80,7 @@ class Recipe(Provenance):
         What is no path (a hub id) stays; so does a path said in full, unless ``also_absolute``.
         """
 
-        def located(source: str) -> str:
+        def seen(source: str) -> str:
             path = local(source)
             if not present(path) or (Path(source).is_absolute() and not also_absolute):
                 return source
@@ -90,8 +89,8 @@ class Recipe(Provenance):
             except ValueError:  # another drive
                 return str(path.resolve())
 
-        ingredients = tuple(replace(one, source=located(one.source)) for one in self.ingredients)
-        return replace(self, ingredients=ingredients, base=located(self.base) if self.base else None)
+        ingredients = tuple(replace(one, source=seen(one.source)) for one in self.ingredients)
+        return replace(self, ingredients=ingredients, base=seen(self.base) if self.base else None)
 
     def stack(
         self,
@@ -186,7 +185,7 @@ class _Unfolding:
                 bases += [inner.base] if inner.base else []
                 new = [_within(i, one) for i in inner.ingredients]
             else:
-                new = [one]
+                new = _each_of(one)
             ingredients += new
             steps += sum(len(i.steps) for i in new)
             if len(ingredients) > MAX_INGREDIENTS or steps > MAX_STEPS:
@@ -201,6 +200,20 @@ class _Unfolding:
             named = ", ".join(dict.fromkeys(bases))
             raise ArgumentError(f"the recipes name different bases: {named}{ways(MIXED[0])}")
         return Recipe(tuple(ingredients), bases[0] if bases else None)
+
+
+def _each_of(one: Ingredient) -> list[Ingredient]:
+    """A folder that holds several adapters stands for all of them, each at its scale."""
+    inside = each_of(one.source)
+    if len(inside) == 1:
+        return [one]
+    if one.name or one.sha256:
+        what = "a name" if one.name else "a sha256"
+        raise ArgumentError(
+            f"{one.source}: {what} is for one adapter, and it holds {len(inside)}; name one of them",
+            inside[:50],
+        )
+    return [replace(one, source=source) for source in inside]
 
 
 def _within(one: Ingredient, outer: Ingredient) -> Ingredient:
@@ -231,7 +244,12 @@ def _renamed(loaded: list[tuple[LoadedLora, float]], rename: Mapping[str, str]) 
 
 def _load(one: Ingredient, allow_nonfinite: bool, ignore: Collection[str], base: BaseModel | None) -> LoadedLora:
     """Load it, check its hashes, and change it as the recipe says."""
-    lora = formats.load(one.source, name=one.name, allow_nonfinite=allow_nonfinite, ignore=ignore)
+    try:
+        lora = formats.load(one.source, name=one.name, allow_nonfinite=allow_nonfinite, ignore=ignore)
+    except FormatError as error:
+        if one.recipe is None or present(local(one.source)):
+            raise
+        raise FormatError(_not_there(one, one.recipe, error)) from error
     if one.sha256 and dict(one.sha256) != (found := hashes(lora)):
         raise ArgumentError(f"{one.source} is not the file of the recipe: sha256 {found}, {dict(one.sha256)} wanted")
     for step, value in one.steps:
@@ -255,6 +273,15 @@ def _load(one: Ingredient, allow_nonfinite: bool, ignore: Collection[str], base:
         else:
             lora = convert_names(lora, base, value)
     return lora
+
+
+def _not_there(one: Ingredient, recipe: str, error: FormatError) -> str:
+    """What to say of a source that is not where a recipe has it: one of the two was moved."""
+    folder, wanted = Path(recipe).parent, local(one.source)
+    tried = os.path.abspath(folder / wanted)
+    places = [place for path in below(folder, 4) for place in (path, path.parent) if place.name == wanted.name]
+    near = f"; did you mean {places[0]}?" if places else nearest(folder / wanted)
+    return f"recipe {recipe}: its source {error}; {tried} is not there either{near}"
 
 
 def load(
@@ -301,68 +328,11 @@ def load_stack(words: Iterable[str], **options: Any) -> LoraStack:
     return Recipe.of_words(words).stack(**options)
 
 
+def each_of(source: str) -> list[str]:
+    """The adapters that a word without a scale names: itself, or all that a folder holds which is none itself."""
+    return [str(path) for path in formats.adapters_in(local(source))] or [source]
+
+
 def recipe_files(words: Iterable[str]) -> list[str]:
     """The recipes among ``FILE:SCALE`` words."""
     return [source for word in words if (source := parse_entry(word)[0]).endswith(".toml")]
-
-
-def _located(source: str, folder: Path | None) -> str:
-    if folder is not None and not Path(source).is_absolute() and present(folder / source):
-        return str(folder / source)
-    return source
-
-
-def _ingredient(n: int, table: dict[str, Any], folder: Path | None, problems: Problems) -> Ingredient | None:
-    where = f"adapter {n + 1}"
-    before = len(problems.lines)
-    for key in sorted(set(table) - _ADAPTER_KEYS):
-        problems.add(f"{where}: key {shown(key)} is not known; there are {', '.join(sorted(_ADAPTER_KEYS))}")
-    source, scale, name = table.get("source"), table.get("scale", 1.0), table.get("name")
-    if not isinstance(source, str) or not source:
-        problems.add(f"{where}: source is {shown(source)}, expected a path or hub id")
-    if not _finite(scale):
-        problems.add(f"{where}: scale is {shown(scale)}, expected a finite number")
-    if name is not None and not isinstance(name, str):
-        problems.add(f"{where}: name is {shown(name)}, expected text")
-    steps: list[tuple[str, Any]] = [(key, table[key]) for key in ("select", "scales") if key in table]
-    said = table.get("steps", [])
-    for step in said if isinstance(said, list) else [said]:
-        word = step if isinstance(step, str) else shown(step)
-        steps += list(step.items()) if isinstance(step, dict) else [(word[:80], None)]
-    for step, value in steps:
-        if not _good_step(step, value):
-            problems.add(
-                f"{where}: step {step[:80]} = {shown(value)} has no meaning; there are {', '.join(sorted(_STEPS))}"
-            )
-    sums = table.get("sha256", {})
-    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
-        problems.add(f"{where}: sha256 is {shown(sums)}, expected file names with hashes")
-    if len(problems.lines) > before:
-        return None
-    return Ingredient(_located(str(source), folder), float(scale), name, tuple(steps), tuple(sorted(sums.items())))
-
-
-def _good_step(step: str, value: Any) -> bool:
-    if step == "scales":
-        return isinstance(value, dict) and all(map(_finite, value.values())) and _good_patterns(value)
-    if step == "select":
-        return isinstance(value, str) and _good_patterns([value])
-    if step == "rename":
-        return isinstance(value, dict) and all(isinstance(new, str) for new in value.values())
-    if step == "names":
-        return value in ("gguf", "hf")
-    return step == "without_extras" and isinstance(value, list) and all(isinstance(kind, str) for kind in value)
-
-
-def _good_patterns(patterns: Iterable[str]) -> bool:
-    try:
-        return bool(FirstMatch(patterns))
-    except PatternError:
-        return False
-
-
-def _finite(value: Any) -> bool:
-    try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # TOML's whole numbers may have any length
-        return False

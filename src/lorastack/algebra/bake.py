@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from lorastack.algebra.combine import available, cat, largest, weighted_sum
 from lorastack.algebra.cut import Cut, Loss, overall
-from lorastack.algebra.entries import Entry, entries_of, weights_of
+from lorastack.algebra.entries import Entry, check_fit, entries_of, weights_of
 from lorastack.algebra.entrywise import ByEntry
 from lorastack.algebra.method import Method
 from lorastack.base import BaseModel, open_base
-from lorastack.base.fit import misfits
 from lorastack.core.adapter import LazyDeltas, LoadedLora
 from lorastack.core.delta import LoraDelta, read_all
 from lorastack.core.dtypes import nonfinite_count
 from lorastack.core.extras import HARMLESS, KINDS
 from lorastack.core.packed import Term
 from lorastack.core.target import Naming
-from lorastack.errors import ArgumentError, Failures, NamingError, NonFiniteError, Problems, UnsupportedError
+from lorastack.errors import ArgumentError, Failures, NonFiniteError, Problems, UnsupportedError
 from lorastack.ways import argument, drop_extras, ways
 
 if TYPE_CHECKING:
@@ -57,13 +56,15 @@ def bake(
     base = base if isinstance(base, BaseModel) or base is None else open_base(base)
     entries = entries_of(stack, base, "bake", allow_mixed_bases)
     _refuse_extras(entries)
+    if base is not None:
+        check_fit(entries, base)
     weights = _terms(entries)
     if how.name == "cat":
         deltas, said = _side_by_side(weights, entries), dict[str, Any]()
     else:
         deltas, said = _combined(weights, how, cut, progress)
     naming = entries[0].lora.naming
-    baked = LoadedLora(
+    return LoadedLora(
         name=name or "+".join(entry.name for entry in entries),
         adapters=MappingProxyType(deltas),
         metadata=MappingProxyType(_metadata([entry.lora for entry in entries], base, naming)),
@@ -71,12 +72,6 @@ def bake(
         origin=tuple((entry.lora, entry.scale) for entry in entries),
         made=MappingProxyType(said),
     )
-    if base is not None:
-        problems = Problems(f"the stack does not fit base {base.name}")
-        for line in misfits(baked, base):
-            problems.add(line)
-        problems.raise_any(NamingError)
-    return baked
 
 
 def with_coefficient(baked: LoadedLora, coefficient: float) -> LoadedLora:

@@ -55,7 +55,7 @@ def entries_of(stack: LoraStack, base: BaseModel | None, verb: str, allow_mixed_
 
 def check_fit(entries: Sequence[Entry], base: BaseModel) -> None:
     """NamingError that lists everything that has no place in the base."""
-    problems = Problems(f"base {base.name} does not fit")
+    problems = Problems(f"the stack does not fit base {base.name}")
     for one in entries:
         for line in misfits(one.lora, base):
             problems.add(f"{one.name}: {line}")

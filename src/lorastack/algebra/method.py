@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorastack.algebra.spaces import SPACES
-from lorastack.errors import ArgumentError
+from lorastack.errors import ArgumentError, did_you_mean
 from lorastack.ways import argument
 
 #: Rules that work entry by entry, with the part of entries each keeps where nothing is said.
@@ -33,7 +33,7 @@ class Method:
             raise ArgumentError(
                 f"{argument('method')} {name!r} works on entries, so it needs a space: {', '.join(near)}"
                 if near
-                else f"there is no method {name!r}; there are {', '.join(METHODS)}"
+                else f"there is no method {name!r}; there are {', '.join(METHODS)}{did_you_mean(name, METHODS)}"
             )
         if METHODS[name] is None and density is not None:
             raise ArgumentError(f"{argument('density')} has no meaning for {name}, which keeps every entry")

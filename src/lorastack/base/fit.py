@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lorastack.base.hint import elsewhere
+from lorastack.base.hint import elsewhere, in_short
 from lorastack.base.model import BaseModel
 from lorastack.base.names import convert_names, tied_in_gguf
 from lorastack.base.settle import settle
@@ -39,13 +39,15 @@ def misfits(lora: LoadedLora, base: BaseModel) -> list[str]:
     strangers = [name for name in lora.adapters if base.shape_of(name) is None]
     if hint := elsewhere(strangers, lora, base):
         found.append(hint)
+    lines = []
     for name, delta in lora.adapters.items():
         if base.shape_of(name) is None:
-            found.append(f"weight {name} is none of the base's {base.count} weights")
+            lines.append(f"weight {name} is none of the base's {base.count} weights")
         elif problem := base.misfit(name, delta):
-            found.append(problem)
+            lines.append(problem)
         elif base.naming == "gguf" and (problem := tied_in_gguf(name, base)):
-            found.append(f"weight {name}: {problem}")
+            lines.append(f"weight {name}: {problem}")
+    found += lines if hint else in_short(lines, lora, base)
     return found + [line for kind, values in lora.extras.items() for line in _extra(kind, values, lora, base)]
 
 

@@ -1,4 +1,4 @@
-"""Where weights that find no place would fit: under another prefix, as a text adapter in a model with pictures."""
+"""What to say of weights that find no place: that it is the wrong base, or under which prefix they would fit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,34 @@ from collections.abc import Sequence
 from lorastack.base.model import BaseModel
 from lorastack.core.adapter import LoadedLora
 from lorastack.ways import rename, ways
+
+#: Of an adapter that fits nowhere at all, so many weights are named.
+_NAMED = 10
+
+
+def in_short(lines: Sequence[str], lora: LoadedLora, base: BaseModel) -> list[str]:
+    """The lines on weights that do not fit; where none does, it is the wrong base: that in a line, and the first ten.
+
+    >>> from lorastack import LoadedLora
+    >>> import numpy as np
+    >>> lora = LoadedLora.from_tensors({f"h.{n}.q.weight": (np.ones((1, 3)), np.ones((2, 1))) for n in range(12)})
+    >>> base = BaseModel("mine", "hf", "LlamaForCausalLM", {}, {"model.norm.weight": (2,)})
+    >>> said = in_short([f"weight {name} is none of the base's" for name in lora.adapters], lora, base)
+    >>> said[0], len(said), said[-1]
+    ('0 of 12 weights fit; the base is a LlamaForCausalLM', 12, 'and 2 more')
+    """
+    if len(lines) < max(3, len(lora.adapters)):
+        return list(lines)
+    said = lora.metadata.get("base_model_name_or_path") or lora.metadata.get("general.architecture")
+    trained = f"this adapter says it was trained on {said}, " if isinstance(said, str) and said else ""
+    kind = base.architecture_name or base.name
+    head = f"0 of {len(lora.adapters)} weights fit; {trained}the base is {_a(kind)}"
+    more = len(lines) - _NAMED
+    return [head, *lines[:_NAMED], *([f"and {more} more"] if more > 0 else [])]
+
+
+def _a(word: str) -> str:
+    return f"{'an' if word[:1].lower() in 'aeio' else 'a'} {word}"
 
 
 def elsewhere(strangers: Sequence[str], lora: LoadedLora, base: BaseModel) -> str:

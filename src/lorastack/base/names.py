@@ -17,6 +17,7 @@ import numpy as np
 
 from lorastack.base.architectures import Architecture, architecture_of, row_order, rows_misfit
 from lorastack.base.gguf_experts import gguf_experts, hf_experts
+from lorastack.base.hint import in_short
 from lorastack.base.model import BaseModel
 from lorastack.base.opening import open_base
 from lorastack.base.settle import settle
@@ -178,6 +179,7 @@ def to_gguf_names(lora: LoadedLora, base: BaseModel) -> dict[str, str]:
         else:
             names[name] = found
             taken[found] = name
+    problems.lines = in_short(problems.lines, lora, base)
     problems.raise_any(NamingError)
     return names
 
@@ -224,6 +226,7 @@ def to_hf_names(lora: LoadedLora, base: BaseModel) -> dict[str, str]:
             names[name] = name
         else:
             problems.add(f"weight {name} is none of the base's {base.count} weights")
+    problems.lines = in_short(problems.lines, lora, base)
     problems.raise_any(NamingError)
     return names
 
@@ -251,6 +254,7 @@ def _check_shapes(lora: LoadedLora, base: BaseModel, names: Mapping[str, str]) -
     for old, new in names.items():
         if problem := base.misfit(old if old in base.shapes else new, lora.adapters[old]):
             problems.add(problem)
+    problems.lines = in_short(problems.lines, lora, base)
     problems.raise_any(NamingError)
 
 

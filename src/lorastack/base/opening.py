@@ -14,13 +14,12 @@ from lorastack.base.live_view import live_view
 from lorastack.base.model import BaseModel, Stored
 from lorastack.errors import FormatError, Problems, UnsupportedError, shown
 from lorastack.files import below, present, read_head
+from lorastack.formats import MAX_VOCABULARY
 from lorastack.formats.gguf import open_reader
 from lorastack.formats.json_object import read_object
 from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
 from lorastack.hub import resolve
 
-#: A vocabulary has an element for each token.
-MAX_VOCABULARY = 1 << 22
 _INDEX = "model.safetensors.index.json"
 _BASE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf")
 

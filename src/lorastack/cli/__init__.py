@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from lorastack.cli.app import app
-from lorastack.cli.ending import run_to_its_end
-
-__all__ = ["app", "main"]
+__all__ = ["main"]
 
 
 def main() -> None:
     """Run the command; an error of ours is printed plainly and exits with 1."""
+    try:  # imports take a moment too
+        from lorastack.cli.app import app
+        from lorastack.cli.ending import run_to_its_end
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     run_to_its_end(app)

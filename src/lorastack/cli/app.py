@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lorastack import __version__
+from lorastack.cli.console import be_quiet, saying
 from lorastack.cli.group import SETTINGS, Group
 from lorastack.ways import command_line
 
@@ -35,8 +36,8 @@ def root(
 ) -> None:
     """Compose LoRA adapters of any format: stack them with scales and apply the sum."""
     commands = context.command.commands  # type: ignore[attr-defined]
+    be_quiet(False)
     if command := commands.get(context.invoked_subcommand):
-        from lorastack.cli.console import saying
         from lorastack.files.output import LOG
 
         flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}

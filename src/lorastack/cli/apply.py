@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
-from lorastack.algebra.entries import check_fit, entries_of
-from lorastack.base import open_base
-from lorastack.cli.console import echo
+from lorastack.cli.console import echo_json, remark
 from lorastack.cli.options import (
     Adapters,
     AllowMixedBases,
@@ -19,13 +16,16 @@ from lorastack.cli.options import (
     DropExtras,
     Force,
     Ignore,
+    Json,
+    Quiet,
     Rename,
     parse_renames,
 )
-from lorastack.core.stack import LoraStack
-from lorastack.errors import ArgumentError, UnknownNameError
-from lorastack.files import check_output, open_regular, whole_output
-from lorastack.recipe import Recipe, recipe_files
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lorastack.core.stack import LoraStack
 
 
 def apply(
@@ -40,6 +40,8 @@ def apply(
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Apply the stack's sum at one weight to an array: `sum of scale * scaling * B @ A @ x`.
 
@@ -49,6 +51,13 @@ def apply(
 
     `lorastack apply ./zara ./robot:0.5 -t model.layers.0.self_attn.q_proj.weight -i x.npy -o y.npy`
     """
+    import numpy as np
+
+    from lorastack.algebra.entries import check_fit, entries_of
+    from lorastack.base import open_base
+    from lorastack.files import check_output, whole_output
+    from lorastack.recipe import Recipe, recipe_files
+
     check_output(output, force)
     recipe = Recipe.of_words(adapters, base)
     sources: list[str | Path] = [*recipe.sources, *recipe_files(adapters), source]
@@ -69,10 +78,20 @@ def apply(
     with whole_output(output, force, sources=sources) as path, path.open("wb") as file:
         np.save(file, y)
     covering = sum(tensor in lora.adapters for lora, _ in stack.entries)
-    echo(f"{output}: {y.dtype} {list(y.shape)}, the sum of {covering} of {len(stack)} adapters at {tensor}")
+    if as_json:
+        shape = list(y.shape)
+        said = {"output": str(output), "weight": tensor, "dtype": str(y.dtype), "shape": shape, "adapters": covering}
+        echo_json(said)
+    else:
+        remark(f"{output}: {y.dtype} {list(y.shape)}, the sum of {covering} of {len(stack)} adapters at {tensor}")
 
 
 def _read_array(path: Path) -> np.ndarray:
+    import numpy as np
+
+    from lorastack.errors import ArgumentError
+    from lorastack.files import open_regular
+
     with open_regular(path, ArgumentError) as file:
         try:
             array = np.load(file, allow_pickle=False)
@@ -88,9 +107,11 @@ def _out_features(stack: LoraStack, tensor: str) -> int:
     """The output's length as the adapters have it; a name that none has is a mistake on a command line."""
     for _, delta in stack.terms(tensor):
         return delta.out_features
-    import difflib
+    from difflib import get_close_matches
 
-    near = difflib.get_close_matches(tensor, stack.weights, n=3, cutoff=0.3) or list(stack.weights[:3])
+    from lorastack.errors import UnknownNameError
+
+    near = get_close_matches(tensor, stack.weights, n=3, cutoff=0.3) or list(stack.weights[:3])
     raise UnknownNameError(
         f"no adapter has a weight {tensor!r}; the nearest of {len(stack.weights)} are: {', '.join(near)}"
     )

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorastack.algebra.bake import with_coefficient
-from lorastack.base import open_base
-from lorastack.cli.console import echo
+from lorastack.cli.console import echo_json, remark
 from lorastack.cli.cutting import Energy, Rank, Tolerance, loss_of, parse_ranks, parse_sweep
 from lorastack.cli.options import (
     Adapters,
@@ -20,17 +18,23 @@ from lorastack.cli.options import (
     DropExtras,
     Force,
     Ignore,
+    Json,
+    Quiet,
     Rename,
     StoredType,
     parse_renames,
 )
-from lorastack.cli.progress import byte_bar, step_bar
-from lorastack.core.adapter import LoadedLora
-from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError
-from lorastack.files import check_output
-from lorastack.formats import save
-from lorastack.recipe import Recipe, recipe_files
+
+if TYPE_CHECKING:
+    from lorastack.core.adapter import LoadedLora
+    from lorastack.core.target import Naming
+
+
+def _methods() -> list[str]:
+    from lorastack.algebra.method import METHODS
+
+    return list(METHODS)
 
 
 def bake(
@@ -44,7 +48,11 @@ def bake(
     name: Annotated[str | None, typer.Option(metavar="NAME", help="The new adapter's name.")] = None,
     method: Annotated[
         str,
-        typer.Option(metavar="METHOD", help="cat, linear, svd, or a rule in a space such as ties@knots; see below."),
+        typer.Option(
+            metavar="METHOD",
+            autocompletion=_methods,
+            help="cat, linear, svd, or a rule in a space such as ties@knots; see below.",
+        ),
     ] = "cat",
     rank: Rank = None,
     energy: Energy = None,
@@ -66,6 +74,8 @@ def bake(
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Bake a weighted stack into one adapter, exactly: llama.cpp, PEFT and vLLM use it like any other.
 
@@ -88,6 +98,12 @@ def bake(
 
     `lorastack bake ./zara ./excited --method ties@knots --density 0.2 --scales 0.2:1.0:0.2 -o ./both`
     """
+    from lorastack.algebra.bake import with_coefficient
+    from lorastack.base import open_base
+    from lorastack.cli.progress import step_bar
+    from lorastack.files import check_output
+    from lorastack.recipe import Recipe, recipe_files
+
     outputs = _outputs(output, parse_sweep(scales))
     for path, _ in outputs:
         check_output(path, force)
@@ -124,12 +140,17 @@ def bake(
             allow_mixed_bases=allow_mixed_bases,
             progress=step,
         )
+    written: list[dict[str, Any]] = []
     for path, coefficient in outputs:
         lora = baked if coefficient is None else with_coefficient(baked, coefficient)
         _write(lora, path, dtype, force)
-        echo(f"{path}: {_words(lora, len(stack))}")
-    if loss := loss_of(baked):
-        echo(loss)
+        written.append(_numbers(lora, path, coefficient, len(stack)))
+        if not as_json:
+            remark(f"{path}: {_words(lora, len(stack))}")
+    if as_json:
+        echo_json(written)
+    elif loss := loss_of(baked):
+        remark(loss)
 
 
 def _outputs(output: Path, coefficients: list[float]) -> list[tuple[Path, float | None]]:
@@ -139,7 +160,24 @@ def _outputs(output: Path, coefficients: list[float]) -> list[tuple[Path, float 
     return [(output.with_name(f"{stem}-{c:g}{suffix}"), c) for c in coefficients] or [(output, None)]
 
 
+def _numbers(lora: LoadedLora, path: Path, coefficient: float | None, adapters: int) -> dict[str, Any]:
+    ranks = sorted({delta.rank for delta in lora.adapters.values()})
+    return {
+        "output": str(path),
+        "name": lora.name,
+        "adapters": adapters,
+        "coefficient": coefficient,
+        "weights": lora.num_adapters(),
+        "ranks": ranks,
+        "error": lora.made.get("error"),
+        "errors": lora.made.get("errors"),
+    }
+
+
 def _write(lora: LoadedLora, output: Path, dtype: str | None, force: bool) -> None:
+    from lorastack.cli.progress import byte_bar
+    from lorastack.formats import save
+
     total = sum(
         math.prod(f.shape) * {"f32": 4, "q8_0": 1}.get(dtype or f.stored.lower(), 2)
         for delta in lora.adapters.values()

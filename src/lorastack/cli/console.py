@@ -13,6 +13,27 @@ import typer
 from lorastack.errors import printable
 
 
+class _Said:
+    quiet = False
+
+
+def be_quiet(quiet: bool) -> bool:
+    """Whether what was done, and how far it is, goes unsaid; errors, warnings and results never do."""
+    _Said.quiet = quiet
+    return quiet
+
+
+def is_quiet() -> bool:
+    """Whether only what was asked for is said."""
+    return _Said.quiet
+
+
+def remark(text: object) -> None:
+    """Print a line on what was done."""
+    if not _Said.quiet:
+        echo(text)
+
+
 def plain(text: object) -> str:
     """A text as a cell or a line of rich shows it: no markup, no control characters."""
     from rich.markup import escape
@@ -54,7 +75,8 @@ def _say(label: str, text: str) -> None:
 
 class _Saying(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        echo(record.getMessage(), err=True)
+        if not _Said.quiet:
+            echo(record.getMessage(), err=True)
 
 
 @contextmanager

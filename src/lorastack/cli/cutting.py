@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorastack.core.adapter import LoadedLora
 from lorastack.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from lorastack.core.adapter import LoadedLora
 
 Rank = Annotated[
     str | None,

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from lorastack.base import open_base
 from lorastack.cli.console import echo_json, plain, say_error
-from lorastack.cli.options import Base, Ignore, Rename, parse_renames
-from lorastack.errors import LoraStackError, LoraStackWarning
-from lorastack.files import bytes_in_words
-from lorastack.formats import load
-from lorastack.inspect import Inspection, inspect
+from lorastack.cli.options import Base, Ignore, Quiet, Rename, parse_renames
+
+if TYPE_CHECKING:
+    from lorastack.inspect import Inspection
 
 
 def inspect_command(
     adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER...", help="GGUF files, PEFT folders or hub ids.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER...",
+            help="GGUF files, PEFT folders, hub ids, recipes (.toml), or folders that hold several adapters.",
+            show_default=False,
+        ),
     ],
     base: Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object for each adapter in a list.")] = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    quiet: Quiet = False,
 ) -> None:
     """Say what adapters are: weights, ranks, alpha, scaling, types, size, and what is odd about them.
 
@@ -35,16 +36,28 @@ def inspect_command(
 
     `lorastack inspect zara.gguf ./robot`
 
+    `lorastack inspect ./all-my-adapters recipe.toml`
+
     `lorastack inspect ./robot --base ./my-model --json`
     """
+    import warnings
+
+    from lorastack.base import open_base
+    from lorastack.errors import LoraStackError, LoraStackWarning
+    from lorastack.inspect import inspect
+    from lorastack.recipe import each_of, load
+
     model = open_base(base) if base else None
     found: list[Inspection] = []
     failed: list[str] = []
-    for path in adapters:
+    for path in [one for word in adapters for one in each_of(word)]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", LoraStackWarning)  # what it would say is among what is odd
-                lora = load(path, allow_nonfinite=True, ignore=ignore or (), rename=parse_renames(rename))
+                of_recipe = model if path.endswith(".toml") else None
+                lora = load(
+                    path, allow_nonfinite=True, ignore=ignore or (), rename=parse_renames(rename), base=of_recipe
+                )
                 found.append(inspect(lora, model))
         except LoraStackError as error:
             failed.append(str(error))
@@ -59,12 +72,15 @@ def inspect_command(
 
 
 def _print(found: list[Inspection]) -> None:
-    console = Console(highlight=False, soft_wrap=False)
-    table = Table("adapter", *(plain(one.name) for one in found), show_lines=False)
-    rows = {
+    from lorastack.cli.tables import Grid, show
+    from lorastack.files import bytes_in_words
+
+    fields = {
+        "adapter": [one.name for one in found],
         "format": [one.format for one in found],
         "base": [one.base or one.architecture or "not said" for one in found],
-        "weights": [f"{one.weights} ({', '.join(one.modules[:8])})" for one in found],
+        "weights": [str(one.weights) for one in found],
+        "modules": [", ".join(one.modules) for one in found],
         "rank": [_few(one.ranks) for one in found],
         "alpha": ["none" if one.alpha is None else f"{one.alpha:g}" for one in found],
         "scaling": [_few(one.scalings) for one in found],
@@ -73,17 +89,21 @@ def _print(found: list[Inspection]) -> None:
         "size": ["" if one.size is None else bytes_in_words(one.size) for one in found],
         "made of": ["a recipe (--json shows it)" if one.recipe else "" for one in found],
     }
-    for label, cells in rows.items():
-        if any(cells):
-            table.add_row(label, *(plain(cell) for cell in cells))
-    console.print(table)
+    said = {title: cells for title, cells in fields.items() if any(cells)}
+    show(Grid(list(said), list(zip(*said.values(), strict=True))), turned_first=True)
     for one in found:
         for line in one.odd:
-            console.print(f"[yellow]{plain(one.name)}:[/] {plain(line)}", soft_wrap=True)
+            _line(f"{one.name}:", "yellow", line)
         for line in one.misfits or []:
-            console.print(f"[bold red]{plain(one.name)} does not fit:[/] {plain(line)}", soft_wrap=True)
+            _line(f"{one.name} does not fit:", "bold red", line)
         if one.misfits == []:
-            console.print(f"[green]{plain(one.name)} fits the base[/]", soft_wrap=True)
+            _line(f"{one.name} fits the base", "green")
+
+
+def _line(label: str, style: str, text: str = "") -> None:
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=True).print(f"[{style}]{plain(label)}[/] {plain(text)}".rstrip())
 
 
 def _few(values: list[int] | list[float]) -> str:

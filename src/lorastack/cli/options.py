@@ -6,14 +6,18 @@ from typing import Annotated
 
 import typer
 
+from lorastack.cli.console import be_quiet
 from lorastack.errors import ArgumentError
+
+#: What factors can be written in.
+NAMES = ("f32", "f16", "bf16", "q8_0")
 
 Adapters = Annotated[
     list[str],
     typer.Argument(
         metavar="ADAPTER[:SCALE]...",
-        help="GGUF files, PEFT folders, hub ids (owner/name) or recipes (.toml), each with a scale, as in `zara:0.7`; "
-        "no scale means 1.",
+        help="GGUF files, PEFT folders, hub ids (owner/name), recipes (.toml), or folders that hold several adapters; "
+        "each with a scale, as in `zara:0.7`, which is else 1, and perhaps a name, as in `hers=zara.gguf:0.7`.",
         show_default=False,
     ),
 ]
@@ -42,7 +46,25 @@ AllowMixedBases = Annotated[
 ]
 StoredType = Annotated[
     str | None,
-    typer.Option(metavar="TYPE", help="f32, f16, bf16, or for GGUF q8_0; factors keep theirs when not given."),
+    typer.Option(
+        metavar="TYPE",
+        autocompletion=lambda: list(NAMES),
+        help="f32, f16, bf16, or for GGUF q8_0; factors keep theirs when not given.",
+    ),
+]
+ModelType = Annotated[
+    str,
+    typer.Option(
+        metavar="TYPE", autocompletion=lambda: ["auto", *NAMES[:3]], help="The base's: auto, f32, f16 or bf16."
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        autocompletion=lambda: ["auto", "cpu", "cuda", "mps"],
+        help="auto, cpu, cuda, mps, ...",
+    ),
 ]
 DropExtras = Annotated[
     bool,
@@ -51,6 +73,16 @@ DropExtras = Annotated[
         help="Leave out what a low-rank adapter cannot hold: DoRA magnitudes, biases, saved modules.",
     ),
 ]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        callback=be_quiet,
+        help="Print only what was asked for: no progress, nothing on what was written.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")]
 
 

@@ -7,13 +7,9 @@ from typing import Annotated
 
 import typer
 
-from lorastack.base import open_base
-from lorastack.cli.console import echo
-from lorastack.cli.options import Adapters, AllowMixedBases, Base, Force, Ignore, Rename, parse_renames
-from lorastack.cli.progress import step_bar
+from lorastack.cli.console import echo_json, remark
+from lorastack.cli.options import Adapters, AllowMixedBases, Base, Force, Ignore, Json, Quiet, Rename, parse_renames
 from lorastack.errors import ArgumentError, require
-from lorastack.files import check_output
-from lorastack.recipe import Recipe, recipe_files
 
 
 def report(
@@ -30,6 +26,8 @@ def report(
     allow_mixed_bases: AllowMixedBases = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write one page about adapters and their sum: norms, spectra, similarity, conflicts, what a bake would lose.
 
@@ -44,6 +42,11 @@ def report(
 
     `lorastack report recipe.toml -o report.html --force`
     """
+    from lorastack.base import open_base
+    from lorastack.cli.progress import step_bar
+    from lorastack.files import bytes_in_words, check_output
+    from lorastack.recipe import Recipe, recipe_files
+
     if output.suffix not in (".html", ".htm"):
         raise ArgumentError(f"{output}: give it a name that ends with .html")
     check_output(output, force)
@@ -58,4 +61,8 @@ def report(
     stack = recipe.stack(base=model, ignore=ignore or (), rename=parse_renames(rename))
     with step_bar("measuring") as step:
         write(stack, output, model, force, intruders=intruders, allow_mixed_bases=allow_mixed_bases, progress=step)
-    echo(f"{output}: {len(stack)} adapter{'s' if len(stack) != 1 else ''}, {output.stat().st_size / 2**20:.1f} MiB")
+    size = output.stat().st_size
+    if as_json:
+        echo_json({"output": str(output), "adapters": len(stack), "size": size})
+    else:
+        remark(f"{output}: {len(stack)} adapter{'s' if len(stack) != 1 else ''}, {bytes_in_words(size)}")

@@ -9,7 +9,18 @@ import typer
 
 from lorastack.cli.bake import bake
 from lorastack.cli.cutting import Energy, Rank, Tolerance
-from lorastack.cli.options import AllowMixedBases, AllowNonfinite, Base, DropExtras, Force, Ignore, Rename, StoredType
+from lorastack.cli.options import (
+    AllowMixedBases,
+    AllowNonfinite,
+    Base,
+    DropExtras,
+    Force,
+    Ignore,
+    Json,
+    Quiet,
+    Rename,
+    StoredType,
+)
 from lorastack.errors import ArgumentError
 
 
@@ -32,6 +43,8 @@ def resize(
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write an adapter at a lower rank: each weight the best approximation there is, its error said.
 
@@ -57,4 +70,6 @@ def resize(
         allow_nonfinite=allow_nonfinite,
         ignore=ignore,
         rename=rename,
+        as_json=as_json,
+        quiet=quiet,
     )

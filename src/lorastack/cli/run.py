@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import orjson
 import typer
 
-from lorastack.cli.console import echo
-from lorastack.cli.options import AllowNonfinite, DropExtras, Ignore, Rename, parse_renames
-from lorastack.errors import ArgumentError, printable, require
-from lorastack.files import read_regular
-from lorastack.mixture import parse_entry
-from lorastack.recipe import Recipe
+from lorastack.cli.console import echo, echo_json
+from lorastack.cli.options import (
+    AllowNonfinite,
+    Device,
+    DropExtras,
+    Ignore,
+    ModelType,
+    Quiet,
+    Rename,
+    parse_renames,
+)
+from lorastack.errors import ArgumentError, printable
 
 #: A file of rows, which all become one batch, has less.
 MAX_ROWS = 1 << 26
@@ -29,7 +33,9 @@ def run(
     adapters: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[ADAPTER[:SCALE]]...", help="Adapters or recipes with their scales.", show_default=False
+            metavar="[ADAPTER[:SCALE]]...",
+            help="Adapters or recipes with their scales, and perhaps names, as in `hers=zara.gguf:0.7`.",
+            show_default=False,
         ),
     ] = None,
     prompt: Annotated[
@@ -40,7 +46,8 @@ def run(
         typer.Option(
             metavar="MIXTURE|TEXT",
             help="A prompt with a mixture of its own, as in `zara:1 excited:0.5 | Once upon a time`; may be repeated. "
-            "Or a .jsonl file with lines of prompt and adapters. Names are the adapters' own; none is the base.",
+            "Or a .jsonl file with lines of prompt and adapters. Names are the adapters' own, in quotes if they have "
+            "spaces; none is the base.",
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to write.")] = 100,
@@ -52,8 +59,11 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the base's chat template.")] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message, with --chat.")] = None,
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help="auto, f32, f16 or bf16.")] = "auto",
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, mps, ...")] = "auto",
+    dtype: ModelType = "auto",
+    device: Device = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, once all is written: prompt, adapters and text of each.")
+    ] = False,
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Leave out adapter weights that the base has no module for.")
     ] = False,
@@ -61,6 +71,7 @@ def run(
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    quiet: Quiet = False,
 ) -> None:
     """Continue prompts with a base and a weighted stack of adapters; the text is printed as it comes.
 
@@ -72,6 +83,9 @@ def run(
 
     `lorastack run org/chat-model ./style:0.8 --chat -p "Tell me a story" -t 0.8 --seed 1`
     """
+    from lorastack.cli.missing import require_all
+    from lorastack.recipe import Recipe
+
     asked = [(None, text) for text in prompt or []] + [pair for row in rows or [] for pair in parse_rows(row)]
     if not asked:
         raise ArgumentError('there is nothing to continue; give a prompt with -p "TEXT", or rows with --rows')
@@ -79,7 +93,7 @@ def run(
         raise ArgumentError("give -p for prompts under the whole stack, or --rows for mixtures of their own, not both")
     if rows and not adapters:
         raise ArgumentError("--rows mixes adapters by name; name the adapter files after the base")
-    require("torch", "torch")
+    require_all("torch")
     import torch
 
     from lorastack.torch import attach_all
@@ -102,7 +116,7 @@ def run(
         for name, lines in handle.report.missing.items():
             echo(f"{name}: left out {len(lines)} weights, such as: {lines[0]}", err=True)
     inputs = encode(tokenizer, [text for _, text in asked], chat, system)
-    if len(asked) == 1 and num_beams == 1 and not rows:
+    if len(asked) == 1 and num_beams == 1 and not rows and not as_json:
         from transformers import TextStreamer
 
         if not chat:
@@ -117,9 +131,15 @@ def run(
         _say_unused(handle)
         return
     mixtures = [mixture or {} for mixture, _ in asked] if rows else None
-    for (mixture, text), more in zip(
-        asked, generate(model, tokenizer, inputs, handle, mixtures, **options), strict=True
-    ):
+    found = list(zip(asked, generate(model, tokenizer, inputs, handle, mixtures, **options), strict=True))
+    if as_json:
+        scales = dict(handle.scales) if handle else {}
+        echo_json(
+            [{"prompt": text, "adapters": mixture if rows else scales, "text": more} for (mixture, text), more in found]
+        )
+        _say_unused(handle)
+        return
+    for (mixture, text), more in found:
         if rows:
             said = " ".join(f"{name}:{scale:g}" for name, scale in (mixture or {}).items()) or "base"
             typer.secho(printable(f"[{said}]"), bold=True)
@@ -144,10 +164,16 @@ def parse_rows(word: str) -> list[tuple[dict[str, float] | None, str]]:
     names, bar, text = word.partition("|")
     if not bar or not text.strip():
         raise ArgumentError(f"{word!r} is no row; write MIXTURE | TEXT, as in 'zara:1 excited:0.5 | Once upon a time'")
-    return [(dict(parse_entry(name) for name in re.split(r"[,\s]+", names.strip()) if name), text.strip())]
+    from lorastack.mixture import parse_mixture
+
+    return [(parse_mixture(names), text.strip())]
 
 
 def _rows_of_file(path: Path) -> list[tuple[dict[str, float] | None, str]]:
+    import orjson
+
+    from lorastack.files import read_regular
+
     found: list[tuple[dict[str, float] | None, str]] = []
     lines = read_regular(path, MAX_ROWS, ArgumentError).splitlines()
     for number, line in enumerate(lines, 1):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from lorastack.cli.console import echo_json, plain
-from lorastack.cli.options import AllowNonfinite, DropExtras, Force, Ignore, Rename, parse_renames
-from lorastack.errors import ArgumentError, Problems, require
-from lorastack.files import check_output, read_regular, whole_output
-from lorastack.recipe import Recipe, recipe_files
+from lorastack.cli.console import echo, echo_json, remark
+from lorastack.cli.options import (
+    AllowNonfinite,
+    Device,
+    DropExtras,
+    Force,
+    Ignore,
+    ModelType,
+    Quiet,
+    Rename,
+    parse_renames,
+)
+from lorastack.errors import ArgumentError, Problems
 
 if TYPE_CHECKING:
     from lorastack.torch import Tuned
@@ -50,17 +54,26 @@ def tune(
         typer.Option(metavar="NAME.html", help="Write a page with the score over the scales; needs plotly."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every trial.")] = False,
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help="auto, f32, f16 or bf16.")] = "auto",
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, mps, ...")] = "auto",
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keep every trial there, in Optuna's own storage; a search that was stopped goes on from it.",
+        ),
+    ] = None,
+    dtype: ModelType = "auto",
+    device: Device = "auto",
     force: Force = False,
     drop_extras: DropExtras = False,
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    quiet: Quiet = False,
 ) -> None:
     """Find the scales under which a base with adapters foretells texts best: the lowest perplexity.
 
     The search needs no gradients and never reloads anything. The recipe it writes is an adapter to every command.
+    Ctrl-C ends the search with the best so far, which is printed and written as at its end.
 
     Examples:
 
@@ -68,14 +81,20 @@ def tune(
 
     `lorastack tune base.gguf ./style:0.8 ./robot:0.2 --text eval.txt --low 0 --high 1 --trials 100`
 
+    `lorastack tune ./my-model ./style ./robot --text eval.txt --trials 500 --resume search.log -o best.toml`
+
     `lorastack bake best.toml -o both.gguf`
     """
+    import sys
+
+    from lorastack.cli.missing import require_all
+    from lorastack.cli.progress import step_bar
+    from lorastack.files import whole_output
+    from lorastack.recipe import Recipe, recipe_files
+
     _check_outputs(output, plot, force, text)
     texts = [line for file in text for line in _lines(file)]
-    require("torch", "torch")
-    require("optuna", "tune")
-    if plot:
-        require("plotly", "report")
+    require_all("tune", *(["report"] if plot else []))
     from lorastack.torch import tune as search
     from lorastack.torch.generate import load_base
 
@@ -86,7 +105,7 @@ def tune(
         allow_nonfinite=allow_nonfinite, ignore=ignore or (), rename=parse_renames(rename), drop_extras=drop_extras
     )
     model, tokenizer = load_base(base, dtype, device)
-    with _trial_bar(trials) as progress:
+    with step_bar("searching the scales") as progress:
         tuned = search(
             model,
             entries,
@@ -97,6 +116,8 @@ def tune(
             trials=trials,
             seed=seed,
             progress=progress,
+            resume=resume,
+            keep_best=True,
         )
     if output:
         best = tuned.recipe(base).seen_from(output.parent)
@@ -110,11 +131,20 @@ def tune(
     if as_json:
         echo_json(_json(tuned))
     else:
-        _print(tuned, [file for file in (output, plot) if file])
+        _print(tuned)
+        for file in (output, plot):
+            if file:
+                remark(f"{file}: written")
+    if tuned.stopped:
+        way = f"--resume {resume} goes on from here" if resume else "with --resume FILE a search can go on"
+        echo(f"stopped after {len(tuned.trials)} of {trials} trials; {way}", err=True)
+        sys.exit(130)
 
 
 def _check_outputs(output: Path | None, plot: Path | None, force: bool, sources: Sequence[str | Path]) -> None:
     """Refuse before a long search what could not be written after it."""
+    from lorastack.files import check_output
+
     problems = Problems("the result cannot be written")
     for file, ending in ((output, ".toml"), (plot, ".html")):
         if file is None:
@@ -129,6 +159,8 @@ def _check_outputs(output: Path | None, plot: Path | None, force: bool, sources:
 
 
 def _lines(file: Path) -> list[str]:
+    from lorastack.files import read_regular
+
     try:
         lines = [line.strip() for line in read_regular(file, MAX_TEXT, ArgumentError).decode("utf-8").splitlines()]
     except UnicodeDecodeError as error:
@@ -136,14 +168,6 @@ def _lines(file: Path) -> list[str]:
     if not any(lines):
         raise ArgumentError(f"{file}: it has no text; write one passage on each line")
     return [line for line in lines if line]
-
-
-@contextlib.contextmanager
-def _trial_bar(total: int) -> Iterator[Callable[[int, int], None]]:
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("searching the scales", total=total)
-        yield lambda done, most: bar.update(task, completed=done, total=most)
 
 
 def _json(tuned: Tuned) -> dict[str, Any]:
@@ -154,22 +178,23 @@ def _json(tuned: Tuned) -> dict[str, Any]:
         "as_given": {"scales": dict(tuned.trials[0].scales), "score": tuned.equal},
         "base": tuned.base,
         "failed": tuned.failed,
+        "stopped": tuned.stopped,
         "trials": [{"scales": dict(trial.scales), "score": trial.score} for trial in tuned.trials],
     }
 
 
-def _print(tuned: Tuned, written: list[Path]) -> None:
-    console = Console(highlight=False)
-    table = Table("", *(plain(name) for name in tuned.scales), tuned.measure)
+def _print(tuned: Tuned) -> None:
+    from lorastack.cli.tables import Grid, fixed, show
+
     given = tuned.trials[0].scales
-    for label, scales, score in (
-        ("best", tuned.scales, tuned.score),
-        ("as given", given, tuned.equal),
-        ("base", dict.fromkeys(given, 0.0), tuned.base),
-    ):
-        table.add_row(label, *(f"{scale:g}" for scale in scales.values()), f"{score:.4f}")
-    console.print(table)
+    rows = [
+        (label, *(f"{scale:g}" for scale in scales.values()), fixed(score, 4))
+        for label, scales, score in (
+            ("best", tuned.scales, tuned.score),
+            ("as given", given, tuned.equal),
+            ("base", dict.fromkeys(given, 0.0), tuned.base),
+        )
+    ]
+    show(Grid(("", *tuned.scales, tuned.measure), rows))
     failed = f", {tuned.failed} without a finite score" if tuned.failed else ""
-    console.print(f"{len(tuned.trials)} trials{failed}", soft_wrap=True)
-    for file in written:
-        console.print(f"{plain(file)}: written", soft_wrap=True)
+    remark(f"{len(tuned.trials)} trials{failed}")

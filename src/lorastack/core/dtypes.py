@@ -26,10 +26,29 @@ def numpy_type(name: str) -> np.dtype:
     return np.dtype({"f32": np.float32, "f16": np.float16}[name])
 
 
-def check_name(name: str | None, allowed: tuple[str, ...] = NAMES) -> None:
-    """ArgumentError unless ``name`` is None or one of ``allowed``."""
-    if name is not None and name not in allowed:
-        raise ArgumentError(f"{argument('dtype')} {name!r} cannot be written here; there are {', '.join(allowed)}")
+#: What others call them.
+_OTHERS = {
+    "fp32": "f32", "float32": "f32", "float": "f32",
+    "fp16": "f16", "float16": "f16", "half": "f16",
+    "bfloat16": "bf16",
+}  # fmt: skip
+
+
+def our_name(name: str) -> str:
+    """Our name of a type that may be called as others do, in any case.
+
+    >>> our_name("fp16"), our_name("BF16"), our_name("torch.float32"), our_name("int4")
+    ('f16', 'bf16', 'f32', 'int4')
+    """
+    plain = name.lower().removeprefix("torch.")
+    return _OTHERS.get(plain, plain)
+
+
+def checked_name(name: str | None, allowed: tuple[str, ...] = NAMES) -> str | None:
+    """Our name of the type, one of ``allowed``; None stays; ArgumentError for any other."""
+    if name is None or (found := our_name(name)) in allowed:
+        return None if name is None else found
+    raise ArgumentError(f"{argument('dtype')} {name!r} cannot be written here; there are {', '.join(allowed)}")
 
 
 def short_name(stored: str) -> str:

@@ -13,7 +13,7 @@ from lorastack.core.delta import compute_dtype, finite
 from lorastack.core.extras import KINDS, extras_at
 from lorastack.core.packed import PackedWeight, Term
 from lorastack.core.target import Naming, TargetModule
-from lorastack.errors import ArgumentError, NamingError, UnknownNameError, UnsupportedError
+from lorastack.errors import ArgumentError, NamingError, UnknownNameError, UnsupportedError, did_you_mean
 from lorastack.ways import CONVERT, Way, drop_extras, ways
 
 if TYPE_CHECKING:
@@ -345,7 +345,8 @@ class LoraStack:
             if entry.name == name:
                 return position
         there = ", ".join(self.names) or "none"
-        raise UnknownNameError(f"no adapter named {name!r} on this stack; there are: {there}")
+        near = did_you_mean(name, self.names)
+        raise UnknownNameError(f"no adapter named {name!r} on this stack; there are: {there}{near}")
 
     def _free_name(self, name: str) -> str:
         taken = set(self.names)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
 
-from lorastack.errors import FormatError, LoraStackError, shown
+from lorastack.errors import FormatError, LoraStackError, did_you_mean, shown
 
 #: Of folders that are looked through.
 MAX_ENTRIES = 20_000
@@ -55,6 +56,21 @@ def present(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def nearest(path: Path) -> str:
+    """The end of a message about a path that is not there: what lies beside its place under a name like its own."""
+    try:
+        with os.scandir(path.parent) as entries:
+            there = [entry.name for entry, _ in zip(entries, range(MAX_ENTRIES), strict=False)]
+    except (OSError, ValueError):
+        return ""
+    stems: dict[str, list[str]] = {}
+    for name in there:
+        stems.setdefault(Path(name).stem, []).append(name)
+    near = get_close_matches(path.stem[:200], stems, n=3)  # an ending that many have says nothing
+    where = "" if path.parent == Path() else os.path.join(path.parent, "")
+    return did_you_mean(path.name, [name for stem in near for name in stems[stem]], where, cutoff=0.0)
 
 
 def open_regular(path: Path, error: type[LoraStackError] = FormatError) -> BinaryIO:

@@ -28,6 +28,8 @@ from lorastack.ways import drop_extras, ways
 
 #: How far below a folder adapters are looked for, to name them.
 MAX_DEPTH = 4
+#: Elements of an array in the head of a model, whose vocabulary has one for each token.
+MAX_VOCABULARY = 1 << 22
 
 
 def load(
@@ -140,6 +142,25 @@ def _check_tokens(lora: LoadedLora) -> None:
         )
 
 
+def adapters_in(folder: Path) -> list[Path]:
+    """The adapters in a folder that is none itself: PEFT folders below it, and GGUF files in it that are no model.
+
+    Empty where the folder is an adapter, a whole model, or no folder.
+    """
+    if not folder.is_dir() or (folder / CONFIG_NAME).is_file() or _is_model(folder):
+        return []
+    return _adapters_below(folder) + [path for path in _weight_files(folder) if path.suffix == ".gguf" and _adds(path)]
+
+
+def _adds(path: Path) -> bool:
+    """Whether a GGUF file is an adapter, and not a model."""
+    try:
+        kind = gguf.open_reader(path, MAX_VOCABULARY).fields.get("general.type")
+    except FormatError:  # damaged: whoever loads it says how
+        return True
+    return kind is not None and kind.contents() != "model"
+
+
 def _adapters_below(folder: Path) -> list[Path]:
     return sorted(path.parent for path in below(folder, MAX_DEPTH) if path.name == CONFIG_NAME)
 
@@ -163,12 +184,14 @@ def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: 
         return peft.load(*_peft_config(folder), name, allow_nonfinite, ignore)
     if file := _lone_file(folder):
         return _load_file(file, name, allow_nonfinite, ignore)
-    inside = _adapters_below(folder)
-    if len(inside) == 1 and not _is_model(folder):
-        return _load_folder(inside[0], name, allow_nonfinite, ignore)
+    inside = adapters_in(folder)
+    if len(inside) == 1:
+        return (_load_folder if inside[0].is_dir() else _load_file)(inside[0], name, allow_nonfinite, ignore)
     if inside:
-        held = "several adapters" if len(inside) > 1 else "a whole model, and an adapter below it"
-        raise FormatError(f"{folder}: it holds {held}; load one of them", [str(path) for path in inside[:50]])
+        raise FormatError(f"{folder}: it holds several adapters; load one of them", [str(one) for one in inside[:50]])
+    if below_it := _adapters_below(folder):
+        said = f"{folder}: it holds a whole model, and an adapter below it; load one of them"
+        raise FormatError(said, [str(path) for path in below_it[:50]])
     if (folder / "config.json").exists():
         raise FormatError(f"{folder}: it is a whole model (config.json, no {CONFIG_NAME}); give it as the base")
     files = _weight_files(folder)

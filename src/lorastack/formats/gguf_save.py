@@ -62,7 +62,7 @@ def save_gguf(
     FormatError
         Listing everything that GGUF cannot hold.
     """
-    dtypes.check_name(dtype)
+    dtype = dtypes.checked_name(dtype)
     _check(lora)
     alpha = uniform_alpha(lora)
     tensors = list(_tensors(lora, dtype, fold=alpha is None))

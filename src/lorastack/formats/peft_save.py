@@ -44,7 +44,7 @@ def save_peft(
     FormatError
         Listing everything that a PEFT folder cannot hold.
     """
-    dtypes.check_name(dtype, ("f32", "f16", "bf16"))
+    dtype = dtypes.checked_name(dtype, ("f32", "f16", "bf16"))
     _check(lora)
     config = _config(lora)
     try:

@@ -25,6 +25,8 @@ class Ingredient:
     name: str | None = None
     steps: tuple[tuple[str, Any], ...] = ()
     sha256: tuple[tuple[str, str], ...] = ()
+    #: The recipe that names it, for messages.
+    recipe: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lorastack.core.dtypes import our_name
 from lorastack.errors import ArgumentError, FormatError, require
 from lorastack.torch.handle import Handle
 from lorastack.ways import argument
@@ -23,6 +24,7 @@ def load_base(base: str, dtype: str = "auto", device: str = "auto") -> tuple[Any
     FormatError
         When transformers cannot load it.
     """
+    at = usable_device(device)
     transformers: Any = require("transformers", "torch")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -38,24 +40,40 @@ def load_base(base: str, dtype: str = "auto", device: str = "auto") -> tuple[Any
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FormatError(f"base {base}: transformers cannot load it: {first}") from error
-    return model.to(best_device() if device == "auto" else device).eval(), tokenizer
+    return model.to(at).eval(), tokenizer
 
 
 def torch_dtype(name: str) -> Any:
     """The torch dtype of ``f32``, ``f16``, ``bf16`` or a name of torch's own; ``auto`` is the file's."""
-    if name == "auto":
+    if name.lower() == "auto":
         return "auto"
-    found = getattr(torch, {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(name, name), None)
+    short = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+    found = getattr(torch, short.get(our_name(name), name.removeprefix("torch.")), None)
     if not isinstance(found, torch.dtype):
         raise ArgumentError(f"{argument('dtype')} {name!r} is not one of auto, f32, f16, bf16")
     return found
 
 
-def best_device() -> str:
-    """cuda or mps where there is one, else cpu."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def usable_device(name: str) -> torch.device:
+    """The device of that name, on which a number can be kept; ``auto`` is cuda or mps where there is one, else cpu.
+
+    Raises
+    ------
+    ArgumentError
+        When this machine, or this build of torch, has none of that name.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except Exception as error:  # each backend, of which there are many, raises its own
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArgumentError(
+            f"{argument('device')} {name!r} cannot be used with torch {torch.__version__} on this machine: {said}; "
+            "auto takes the best there is"
+        ) from error
+    return device
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], chat: bool = False, system: str | None = None) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 from lorastack.base.experts import single
 from lorastack.core.adapter import LoadedLora, LoraAdapter
 from lorastack.core.stack import LoraStack
-from lorastack.errors import ArgumentError, Problems, UnknownNameError, UnsupportedError
+from lorastack.errors import ArgumentError, Problems, UnknownNameError, UnsupportedError, did_you_mean
 from lorastack.torch.assembly import Assembly, Live, Report
 from lorastack.torch.experts import LiveParameter
 from lorastack.torch.plan import Plan, plan_of_context
@@ -219,7 +219,9 @@ class Handle:
             raise ArgumentError("rows() needs a mixture for each row of the batch; an empty one, {}, is the base")
         unknown = sorted({name for mixture in mixtures for name in mixture if name not in self.scales})
         if unknown:
-            raise UnknownNameError(f"no adapter is named {', '.join(unknown)}; attached are {', '.join(self.names)}")
+            near = did_you_mean(unknown[0], self.names)
+            said = ", ".join(unknown)
+            raise UnknownNameError(f"no adapter is named {said}; attached are {', '.join(self.names)}{near}")
         for scale in [scale for mixture in mixtures for scale in mixture.values()]:
             _checked(scale)
         problems = Problems("these adapters cannot be mixed by row")
@@ -284,7 +286,8 @@ class Handle:
         for position, candidate in enumerate(self._assembly.candidates):
             if candidate.name == name:
                 return position
-        raise UnknownNameError(f"no adapter is named {name!r}; attached are {', '.join(self.names) or 'none'}")
+        there = ", ".join(self.names) or "none"
+        raise UnknownNameError(f"no adapter is named {name!r}; attached are {there}{did_you_mean(name, self.names)}")
 
     def _check_attached(self) -> None:
         if not self.attached:

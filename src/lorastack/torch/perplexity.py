@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +61,7 @@ class Perplexity:
             if max_tokens is not None and len(row) > max_tokens:
                 problems.add(f"{which}, the model takes {max_tokens}; split it")
         problems.raise_any(ArgumentError)
+        self.sha256 = hashlib.sha256(repr(rows).encode()).hexdigest()
         # Texts of like length side by side, so that little is padded.
         rows.sort(key=len)
         self.tokens = sum(len(row) - 1 for row in rows)

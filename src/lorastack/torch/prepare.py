@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorastack.base.hint import elsewhere
+from lorastack.base.hint import elsewhere, in_short
 from lorastack.base.names import convert_names, names_of_places
 from lorastack.base.settle import settle
 from lorastack.core.adapter import Extras, LoadedLora, LoraAdapter
@@ -52,6 +52,7 @@ def prepare(
     problems = Problems("it does not fit the model")
     missing = Problems("")
     lost = missing if allow_partial else problems
+    hint = ""
     if isinstance(candidate.adapter, LoadedLora):
         extras: Extras
         lora = candidate.adapter = _in_own_names(candidate.adapter, places)
@@ -70,10 +71,11 @@ def prepare(
             problems.add(f"{KINDS[kind]} cannot be honoured{ways(drop_extras(kind))}")
     check_saved_embeddings(extras, places, problems)
     parts: list[Prepared] = []
+    strange: list[str] = []
     for name, delta in wanted.items():
         place = places.get(name)
         if place is None:
-            lost.add(f"weight {name} is none of the model's")
+            strange.append(f"weight {name} is none of the model's")
             continue
         if place.device.type == "meta":
             problems.add(f"weight {name} is on the meta device; load the model's weights first")
@@ -84,6 +86,10 @@ def prepare(
         part = _prepared(place, delta, extras, dtype or place.dtype, problems)
         if part is not None:
             parts.append(part)
+    if strange and not hint and not allow_partial and isinstance(candidate.adapter, LoadedLora):
+        strange = in_short(strange, candidate.adapter, places.as_base())
+    for line in strange:
+        lost.add(line)
     patches = make_patches(extras, places, lost)
     problems.raise_any(UnsupportedError)
     return parts, patches, missing.lines

@@ -39,13 +39,28 @@ class Search:
     high: float
     direction: Direction = "minimize"
     progress: Callable[[int, int], None] | None = None
+    #: Called with every trial that was made.
+    keep: Callable[[Trial], None] | None = None
     trials: list[Trial] = field(default_factory=list)
     _seen: dict[tuple[float, ...], float] = field(default_factory=dict)
+    _remembered: int = 0
 
     @property
     def best(self) -> Trial:
         """The best trial with a finite score; the first one when none has."""
         return min(self.trials, key=lambda trial: self._cost(trial.score))
+
+    @property
+    def tried(self) -> set[tuple[float, ...]]:
+        """The scales of every trial."""
+        return set(self._seen)
+
+    def remember(self, trials: Sequence[Trial]) -> None:
+        """Take trials that were made before for this search's own."""
+        for trial in trials:
+            self._seen[tuple(trial.scales[name] for name in self.names)] = trial.score
+            self.trials.append(trial)
+        self._remembered = len(trials)
 
     def score(self, scales: Sequence[float]) -> float:
         """The score of a mixture; of one that was tried before it is remembered."""
@@ -54,6 +69,8 @@ class Search:
             named = dict(zip(self.names, key, strict=True))
             self._seen[key] = self.score_of(named)
             self.trials.append(Trial(named, self._seen[key]))
+            if self.keep:
+                self.keep(self.trials[-1])
             if self.progress:
                 self.progress(len(self.trials), self.budget)
         return self._seen[key]
@@ -65,11 +82,12 @@ class Search:
         best scale of one adapter depends on the others'.
         """
         wide = dict.fromkeys(self.names, optuna.distributions.FloatDistribution(self.low, self.high))
-        with _quiet(optuna):
+        with quiet(optuna):
             with warnings.catch_warnings():
                 # Optuna 4 calls `multivariate` experimental; Optuna 5 does not.
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
+                # A search that goes on would else propose what it began with.
+                sampler = optuna.samplers.TPESampler(seed=seed + self._remembered, multivariate=True)
             study = optuna.create_study(sampler=sampler)
             for scales, value in self.trials:
                 if math.isfinite(value) and all(self.low <= scale <= self.high for scale in scales.values()):
@@ -113,7 +131,8 @@ class Search:
 
 
 @contextlib.contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
+def quiet(optuna: Any) -> Iterator[None]:
+    """Without a line for each trial."""
     # A line for each trial is for studies that one watches; here the progress callback tells.
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)

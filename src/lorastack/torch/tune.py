@@ -6,6 +6,8 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,10 @@ from torch import nn
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, LoraStackError, Problems, require
+from lorastack.formats.provenance import hashes
 from lorastack.recipe import Recipe
 from lorastack.torch.attach import attach_all
+from lorastack.torch.journal import Journal
 from lorastack.torch.perplexity import Perplexity
 from lorastack.torch.search import Direction, Search, Trial
 from lorastack.ways import argument
@@ -36,6 +40,8 @@ class Tuned:
     direction: Direction
     #: What the score is: ``perplexity`` or ``score``.
     measure: str
+    #: Whether it was interrupted before it came to its end.
+    stopped: bool = False
 
     @property
     def stack(self) -> LoraStack:
@@ -76,6 +82,8 @@ def tune(
     seed: int = 0,
     direction: Direction | None = None,
     progress: Callable[[int, int], None] | None = None,
+    resume: str | Path | None = None,
+    keep_best: bool = False,
 ) -> Tuned:
     """Search the scales under which a model scores best, with Optuna; scales change in place, nothing is reloaded.
 
@@ -100,6 +108,11 @@ def tune(
         Mixtures to score at most, 3 or more; about 20 for each adapter is enough for a few.
     progress
         Called with the trials done and the trials there may be.
+    resume
+        A file, in Optuna's own storage, that keeps every trial as it is made; where it is there already, the search
+        goes on from it. ``trials`` counts those too.
+    keep_best
+        On Ctrl-C return the best so far, with ``stopped`` set, if there is one.
 
     Raises
     ------
@@ -131,10 +144,25 @@ def tune(
             return _number(scorer(model))
 
         search = Search(handle.names, score_of, trials, low, high, direction, progress)
-        equal = search.score([scale for _, scale in entries])
-        base = search.score([0.0] * len(entries))
-        search.explore(optuna, until=trials - trials // 3, seed=seed)
-        search.refine()
+        if resume is not None:
+            asked = {"adapters": _adapters(handle.names, entries), "measure": measure, "direction": direction,
+                     "model": f"{type(model).__name__} of {sum(p.numel() for p in model.parameters())} parameters",
+                     "texts": getattr(scorer, "sha256", None)}  # fmt: skip
+            journal = Journal(optuna, Path(resume), asked)
+            search.remember(journal.trials())
+            search.keep = partial(journal.add, low=low, high=high)
+        stopped = False
+        start, none = [scale for _, scale in entries], [0.0] * len(entries)
+        try:
+            search.score(start)
+            search.score(none)
+            search.explore(optuna, until=trials - trials // 3, seed=seed)
+            search.refine()
+        except KeyboardInterrupt:
+            if not keep_best or not {tuple(start), tuple(none)} <= search.tried:
+                raise
+            stopped = True
+        equal, base = search.score(start), search.score(none)
     best = search.best
     if not math.isfinite(best.score):
         raise ArgumentError(
@@ -142,7 +170,12 @@ def tune(
             f"look at what the score computes, or narrow {argument('low')} and {argument('high')}"
         )
     found = tuple((lora, scale) for (lora, _), scale in zip(entries, best.scales.values(), strict=True))
-    return Tuned(found, best.scales, best.score, equal, base, tuple(search.trials), direction, measure)
+    return Tuned(found, best.scales, best.score, equal, base, tuple(search.trials), direction, measure, stopped)
+
+
+def _adapters(names: Sequence[str], entries: Sequence[tuple[LoadedLora, float]]) -> dict[str, Any]:
+    """Name -> the hashes of its files, by which a search that goes on knows its adapters."""
+    return {name: hashes(lora) for name, (lora, _) in zip(names, entries, strict=True)}
 
 
 def _checked(
