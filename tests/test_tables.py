@@ -112,9 +112,7 @@ def test_a_pipe_gets_everything(eight: Path, found: dict) -> None:
 def test_names_are_short_only_where_that_tells_them_apart() -> None:
     twins = ["encoder.layers.0.q_proj.weight", "decoder.layers.0.q_proj.weight"]
     assert list(short_names(twins).values()) == ["encoder.layers.0.q_proj", "decoder.layers.0.q_proj"]
-    assert short_names(["transformer.h.11.attn.c_attn.weight"]) == {
-        "transformer.h.11.attn.c_attn.weight": "L11.c_attn"
-    }
+    assert short_names(["transformer.h.11.attn.c_attn.weight"]) == {"transformer.h.11.attn.c_attn.weight": "L11.c_attn"}
 
 
 def test_nothing_is_minus_zero() -> None:

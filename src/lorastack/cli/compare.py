@@ -108,7 +108,8 @@ def _print(found: Comparison, by_weight: bool) -> None:
         cells = [[_number(value) for value in found.cosine[n, :shown]] for n in range(shown)]
         show_matrix(found.names[:shown], cells, "cosine" + cut)
     if len(found.names) > 1:
-        show(_pairs(found))
+        # Where names are too wide, pairs go by the numbers that stand before the names in the matrix.
+        show(_pairs(found), shorter=_pairs(found, numbered=True) if len(found.names) > 2 else None)
         console.print(f"all together: norm {found.norm:.4g}, {_number(found.total_pileup)} of the sum of their norms")
     if not found.signs_exact:
         console.print(f"signs were compared at a sample of {found.sign_entries:,} entries; --all-signs looks at all")
@@ -172,7 +173,7 @@ def _weights(found: Comparison) -> Grid:
     return Grid(titles, rows, names=[0])
 
 
-def _pairs(found: Comparison) -> Grid:
+def _pairs(found: Comparison, numbered: bool = False) -> Grid:
     from lorastack.algebra.compare import verdict
     from lorastack.cli.tables import Cell, Grid, fixed
 
@@ -188,7 +189,7 @@ def _pairs(found: Comparison) -> Grid:
         word = verdict(float(found.cosine[pair]))
         rows.append(
             (
-                f"{found.names[pair[0]]} + {found.names[pair[1]]}",
+                f"{pair[0] + 1} + {pair[1] + 1}" if numbered else f"{found.names[pair[0]]} + {found.names[pair[1]]}",
                 Cell(_DO[word], _COLOURS[word]),
                 _number(found.cosine[pair]),
                 _number(found.pileup[pair]),

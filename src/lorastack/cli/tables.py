@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from textwrap import wrap
 from typing import NamedTuple
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -13,6 +15,8 @@ from lorastack.cli.console import plain
 
 #: Wider than any table: where nobody looks, nothing is wrapped.
 _UNBOUNDED = 1 << 20
+#: Letters of a long heading in one line.
+_HEADING = 12
 _LAYER = re.compile(r"(?:.*\.)?(?:layers|layer|blocks|block|blk|h)\.(\d+)\.(?:.*\.)?([^.]+)$")
 
 
@@ -68,83 +72,85 @@ def fixed(value: float, digits: int) -> str:
     return text.lstrip("-") if not text.strip("-0.") else text
 
 
-def show(grid: Grid, turned_first: bool = False) -> None:
-    """Print a table in the first of these ways that fits: as it is, with short names, turned over, in blocks."""
-    console = Console(highlight=False)
-    for drawn in _drawn(grid, turned_first):
-        width = console.measure(drawn, options=console.options.update(width=_UNBOUNDED)).maximum
-        if width <= console.width or not console.is_terminal:
-            _print(console, drawn, width)
-            return
-    for drawn in _blocks(grid, console.width):
-        console.print(drawn)
+def show(grid: Grid, turned_first: bool = False, shorter: Grid | None = None) -> None:
+    """Print a table in the first of these ways in which no word is cut: as it is, with short names, turned over.
+
+    ``shorter`` says the same in fewer letters than short names make of it.
+    """
+    short = (shorter or grid).with_short_names()
+    ways = [grid.turned(), short.turned()] if turned_first else [grid, short]
+    _show_first(ways, short.turned())
 
 
 def show_matrix(names: Sequence[str], cells: Sequence[Sequence[str]], title: str) -> None:
     """Print a square of numbers; where names are too wide for a heading, columns are headed by their rows' numbers."""
+    numbers = [str(n) for n in range(1, len(names) + 1)]
+    rows = [[f"{n} {name}", *row] for n, name, row in zip(numbers, names, cells, strict=True)]
+    bare = Grid(["", *numbers], [[n, *row] for n, row in zip(numbers, cells, strict=True)])
+    legend = "\n".join([title, *(row[0] for row in rows)])
+    _show_first([Grid(["", *names], rows, title), Grid(["", *numbers], rows, title)], bare._replace(title=legend))
+
+
+def _show_first(ways: Sequence[Grid], last: Grid) -> None:
+    """Print the first that fits; else the columns of the last one, in as many tables as they need."""
     console = Console(highlight=False)
-    numbered = [f"{n} {name}" for n, name in enumerate(names, 1)]
-    wide = Grid(["", *names], [[name, *row] for name, row in zip(names, cells, strict=True)], title)
-    rows = [[name, *row] for name, row in zip(numbered, cells, strict=True)]
-    narrow = Grid(["", *(str(n) for n in range(1, len(names) + 1))], rows, title)
-    for grid in (wide, narrow):
-        drawn = _table(grid)
+    if not console.is_terminal:  # it has no width, and what reads it wants everything
+        drawn = _table(ways[0])
         width = console.measure(drawn, options=console.options.update(width=_UNBOUNDED)).maximum
-        if width <= console.width or not console.is_terminal:
-            _print(console, drawn, width)
-            return
-    for part in _columns_that_fit(narrow, console.width):
-        console.print(_table(part))
-
-
-def _drawn(grid: Grid, turned_first: bool) -> Iterator[Table]:
-    short = grid.with_short_names()
-    if turned_first:
-        yield _table(grid.turned())
-        yield _table(short.turned())
-        return
-    yield _table(grid)
-    yield _table(short)
-    if len(grid.rows) > 1:
-        yield _table(short.turned())
-
-
-def _print(console: Console, drawn: Table, width: int) -> None:
-    if console.is_terminal:
-        console.print(drawn)
-    else:
         Console(highlight=False, width=width, file=console.file, no_color=True).print(drawn)
+        return
+    for grid, lines in [*((grid, box.HEAVY_HEAD) for grid in ways), (ways[-1], box.SIMPLE_HEAD)]:
+        if widths := _widths(grid, console.width, 2 if lines is box.SIMPLE_HEAD else 3):
+            console.print(_table(grid, lines, widths))
+            return
+    for part in _that_fit(last, console.width):
+        console.print(_table(part, widths=_widths(part, console.width, 3)))
 
 
-def _blocks(grid: Grid, width: int) -> Iterator[Table]:
-    """A block of lines for each record; a text wider than the terminal goes on in the next line."""
-    title = grid.title
-    for row in grid.with_short_names().rows:
-        table = Table(plain(grid.titles[0]), plain(_text(row[0])), title=plain(title) or None, title_justify="left")
-        for name, cell in list(zip(grid.titles, row, strict=True))[1:]:
-            table.add_row(plain(name), _styled(cell))
-        for column in table.columns:
-            column.overflow = "fold"
-        title = ""
-        yield table
+def _widths(grid: Grid, width: int, around: int) -> list[int] | None:
+    """How wide each column is to be; None where their longest words do not fit side by side.
+
+    ``around`` is what goes between two columns.
+    """
+    columns = [[grid.titles[n], *(_text(row[n]) for row in grid.rows)] for n in range(len(grid.titles))]
+    least = [max(map(_longest, cells)) for cells in columns]
+    found = [max(len(line) for cell in cells for line in cell.split("\n")) for cells in columns]
+    room = width - around * len(columns) - 1
+    if sum(least) > room:
+        return None
+    while sum(found) > room:  # the widest that can be narrower gives way
+        n = max((n for n in range(len(found)) if found[n] > least[n]), key=lambda n: found[n])
+        found[n] -= 1
+    return found
 
 
-def _columns_that_fit(grid: Grid, width: int) -> Iterator[Grid]:
-    """The columns in several tables, each with the first one."""
-    first = max(len(_text(row[0])) for row in grid.rows) + 4
-    each = max(len(_text(cell)) for row in grid.rows for cell in row[1:]) + 3
-    step = max(1, (width - first) // each)
+def _that_fit(grid: Grid, width: int) -> Iterator[Grid]:
+    """The columns in several tables, each with the first one, under headings that go on in the next line."""
+    first = min(max(_longest(_text(row[0])) for row in grid.rows), width // 2)
+    heading = min(_HEADING, max(map(_longest, grid.titles[1:])))
+    each = max(heading, *(_longest(_text(cell)) for row in grid.rows for cell in row[1:]))
+    each = min(each, width - first - 7)
+    step = max(1, (width - first - 4) // (each + 3))
     for start in range(1, len(grid.titles), step):
         span = slice(start, start + step)
-        yield Grid(
-            [grid.titles[0], *grid.titles[span]], [[row[0], *row[span]] for row in grid.rows], grid.title * (start == 1)
-        )
+        titles = [_folded(grid.titles[0], first), *(_folded(title, each) for title in grid.titles[span])]
+        rows = [[_folded(_text(row[0]), first), *row[span]] for row in grid.rows]
+        yield Grid(titles, rows, grid.title if start == 1 else "")
 
 
-def _table(grid: Grid) -> Table:
-    table = Table(*map(plain, grid.titles), title=plain(grid.title) or None, title_justify="left")
-    for column in table.columns:
-        column.no_wrap, column.overflow = True, "ignore"
+def _longest(text: str) -> int:
+    return max(map(len, text.split()), default=0)
+
+
+def _folded(text: str, width: int) -> str:
+    """A text whose words are cut where they are longer than this; the pieces stand below each other."""
+    return "\n".join(piece for word in text.split() for piece in wrap(word, width)) if _longest(text) > width else text
+
+
+def _table(grid: Grid, lines: box.Box = box.HEAVY_HEAD, widths: Sequence[int] | None = None) -> Table:
+    table = Table(*map(plain, grid.titles), title=plain(grid.title) or None, title_justify="left", box=lines)
+    for n, column in enumerate(table.columns):
+        column.overflow, column.width = "fold", widths[n] if widths else None
     for row in grid.rows:
         table.add_row(*map(_styled, row))
     return table
