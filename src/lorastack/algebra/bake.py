@@ -15,10 +15,11 @@ from lorastack.algebra.entries import Entry, check_fit, entries_of, weights_of
 from lorastack.algebra.entrywise import ByEntry
 from lorastack.algebra.method import Method
 from lorastack.base import BaseModel, open_base
-from lorastack.core.adapter import LazyDeltas, LoadedLora
+from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta, read_all
 from lorastack.core.dtypes import nonfinite_count
 from lorastack.core.extras import HARMLESS, KINDS
+from lorastack.core.lazy import LazyDeltas
 from lorastack.core.packed import Term
 from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError, Failures, NonFiniteError, Problems, UnsupportedError

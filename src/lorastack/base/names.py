@@ -22,9 +22,10 @@ from lorastack.base.model import BaseModel
 from lorastack.base.opening import open_base
 from lorastack.base.settle import settle
 from lorastack.base.spelling import TEXT_PARTS
-from lorastack.core.adapter import LazyDeltas, LoadedLora, LoraAdapter
+from lorastack.core.adapter import LoadedLora, LoraAdapter
 from lorastack.core.delta import LoraDelta
 from lorastack.core.factor import Factor
+from lorastack.core.lazy import LazyDeltas
 from lorastack.core.target import Naming, TargetModule, place_of
 from lorastack.errors import NamingError, Problems, UnsupportedError
 from lorastack.ways import SELECT, drop_extras, ways

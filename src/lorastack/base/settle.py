@@ -10,8 +10,9 @@ from typing import Any
 
 from lorastack.base.experts import LAYERS, beside, fused, halves, one_of, single, together
 from lorastack.base.model import BaseModel
-from lorastack.core.adapter import LazyDeltas, LoadedLora
+from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
+from lorastack.core.lazy import LazyDeltas
 from lorastack.errors import NamingError, Problems
 
 _Build = Callable[[], LoraDelta]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 from lorastack.core.delta import Kind, LoraDelta, as_floats, finite, read_all
 from lorastack.core.factor import Factor
+from lorastack.core.lazy import LazyDeltas
 from lorastack.core.patterns import FirstMatch, Matcher, Pattern
 from lorastack.core.target import Naming, TargetModule, is_front, naming_of, place_of, with_new_front
 from lorastack.errors import ArgumentError, UnsupportedError
@@ -50,39 +51,6 @@ class LoraAdapter(Protocol):
     @property
     def target_modules(self) -> tuple[TargetModule, ...]: ...
     def delta(self, target: TargetModule, layer: int) -> LoraDelta | None: ...
-
-
-class LazyDeltas(Mapping[str, LoraDelta]):
-    """Weight names with their deltas, each built when first asked for.
-
-    Opening a file checks everything its header can tell; the thousands of small objects for what may
-    never be used would cost more than reading that header.
-    """
-
-    __slots__ = ("_build", "_built", "_how")
-
-    def __init__(self, how: dict[str, Any], build: Callable[[str, Any], LoraDelta]) -> None:
-        self._how = how
-        self._build = build
-        self._built: dict[str, LoraDelta] = {}
-
-    def __getitem__(self, name: str) -> LoraDelta:
-        delta = self._built.get(name)
-        if delta is None:
-            delta = self._built[name] = self._build(name, self._how[name])
-        return delta
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._how
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._how)
-
-    def __len__(self) -> int:
-        return len(self._how)
-
-    def __repr__(self) -> str:
-        return f"{len(self)} deltas: {', '.join(list(self)[:3])}{', ...' if len(self) > 3 else ''}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

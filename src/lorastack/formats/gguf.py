@@ -12,11 +12,12 @@ import gguf
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Q
 
-from lorastack.core.adapter import LazyDeltas, LoadedLora
+from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import Kind, LoraDelta, misfit
 from lorastack.core.dtypes import FLOAT32_MAX
 from lorastack.core.extras import are_tokens
 from lorastack.core.factor import Factor
+from lorastack.core.lazy import LazyDeltas
 from lorastack.errors import FormatError, Problems, shown
 from lorastack.formats.gguf_header import MAX_ELEMENTS, PLAIN, Header, Tensor, read_header
 from lorastack.formats.heads import is_gguf, read_head, unreadable

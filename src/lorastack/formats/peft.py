@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from lorastack.core.adapter import LazyDeltas, LoadedLora
+from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import Kind, LoraDelta, misfit
 from lorastack.core.factor import Factor
+from lorastack.core.lazy import LazyDeltas
 from lorastack.errors import FormatError, LoraStackWarning, Problems
 from lorastack.formats.companions import companions
 from lorastack.formats.opened import OpenedFile
