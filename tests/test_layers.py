@@ -12,11 +12,13 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "lorastack"
 #: From the ground up; ``core`` by its own files.
 ORDER = (
     "errors ways pipeline "
-    "core.dtypes core.factor core.delta core.lazy core.target core.extras core.patterns core.adapter core.packed core.stack "
+    "core.dtypes core.factor core.delta core.lazy core.target core.extras core.patterns core.notebook "
+    "core.adapter core.given core.packed core.entry core.stack "
     "files hub formats base algebra mixture recipe_text recipe inspect torch report cli __main__"
 ).split()
 #: function -> the lower layers it imports: facades that users expect as methods.
 FACADES = {
+    "core.adapter.__add__": {"core.stack"},
     "core.adapter.load": {"recipe"},
     "core.adapter.from_gguf": {"formats"},
     "core.adapter.save": {"formats"},

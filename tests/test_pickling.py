@@ -14,6 +14,7 @@ import pytest
 
 import lorastack.core.stack as module
 from lorastack import LoadedLora, LoraDelta, LoraStack, load, save
+from lorastack.core import entry
 from lorastack.formats.provenance import hashes
 
 W = "blk.0.attn_q.weight"
@@ -94,14 +95,14 @@ def test_names_that_nobody_has_are_kept_in_bounds() -> None:
 @pytest.mark.parametrize("change", ["remove", "set_scale", "pop", "push", "clear"])
 def test_a_reader_during_a_change_leaves_no_stale_sum(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stack = LoraStack([(lora(1, "a"), 1.0), (lora(2, "b"), 1.0)])
-    real, inside, go_on = module.PackedWeight, threading.Event(), threading.Event()
+    real, inside, go_on = entry.PackedWeight, threading.Event(), threading.Event()
 
     def slow(*args: object) -> object:
         inside.set()
         assert go_on.wait(10)
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "PackedWeight", slow)
+    monkeypatch.setattr(entry, "PackedWeight", slow)
     reader = threading.Thread(target=output, args=(stack,))
     reader.start()
     assert inside.wait(10)

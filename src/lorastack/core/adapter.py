@@ -15,9 +15,10 @@ import numpy as np
 from lorastack.core.delta import Kind, LoraDelta, as_floats, finite, read_all
 from lorastack.core.factor import Factor
 from lorastack.core.lazy import LazyDeltas
+from lorastack.core.notebook import LORA_FIELDS, html_table, lora_row
 from lorastack.core.patterns import FirstMatch, Matcher, Pattern
 from lorastack.core.target import Naming, TargetModule, is_front, naming_of, place_of, with_new_front
-from lorastack.errors import ArgumentError, UnsupportedError
+from lorastack.errors import ArgumentError, UnsupportedError, shown
 
 if TYPE_CHECKING:
     import gguf
@@ -250,9 +251,16 @@ class LoadedLora:
         """A view of the weights whose name matches: a glob (``"blk.[0-9].*"``), a compiled regex, or ``"re:..."``.
 
         Extras named after a weight go with it.
+
+        Raises
+        ------
+        ArgumentError
+            When the pattern matches no weight.
         """
         matches = Matcher(pattern)
         kept = [name for name in self.adapters if matches(name)]
+        if not kept:
+            raise self._matches_nothing(_pattern_text(pattern))
         modules = {name.removesuffix(".weight") for name in kept}
         extras = {
             kind: MappingProxyType(inside)
@@ -289,8 +297,7 @@ class LoadedLora:
         table = {"*": factors} if isinstance(factors, (int, float)) else dict(factors)
         patterns = FirstMatch(table)
         if dead := patterns.without_hit(self.adapters):
-            first = ", ".join(list(self.adapters)[:3])
-            raise ArgumentError(f"{self.name}: no weight matches {dead}; its weights are named like {first}")
+            raise self._matches_nothing(dead)
         by_number: dict[int | None, float] = dict(enumerate(table.values()))
         found = {name: by_number.get(patterns.first(name), 1.0) for name in self.adapters}
         said = {_pattern_text(p): finite(f, "a factor") for p, f in table.items()}
@@ -337,6 +344,16 @@ class LoadedLora:
         """The same adapter under another name."""
         return replace(self, name=name)
 
+    def _matches_nothing(self, pattern: object) -> ArgumentError:
+        first = ", ".join(list(self.adapters)[:3])
+        return ArgumentError(f"{self.name}: no weight matches {shown(pattern)}; its weights are named like {first}")
+
+    def __add__(self, other: Any) -> Any:
+        """Both at scale 1, as a stack; ``lora + lora`` counts twice."""
+        from lorastack.core.stack import LoraStack
+
+        return LoraStack([self]) + other
+
     def __getstate__(self) -> dict[str, Any]:
         """Its fields with the numbers of every factor: where it is unpickled there may be no such file."""
         extras = {kind: dict(values) for kind, values in self.extras.items()}
@@ -358,6 +375,9 @@ class LoadedLora:
         extras = f", extras={sorted(self.extras)}" if self.extras else ""
         size = f"{self.num_adapters()} weights, rank={self.rank}"
         return f"LoadedLora({self.name!r}, {size}, naming={self.naming!r}{extras})"
+
+    def _repr_html_(self) -> str:
+        return html_table(f"LoadedLora {self.name}", LORA_FIELDS, [lora_row(self)])
 
 
 def _pattern_text(pattern: Pattern) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from lorastack.core.adapter import LoadedLora, LoraAdapter
 from lorastack.core.delta import compute_dtype, finite
-from lorastack.core.extras import KINDS, extras_at
+from lorastack.core.entry import Entry, Now, pack_of
+from lorastack.core.given import Given, pairs_of
+from lorastack.core.notebook import LORA_FIELDS, html_table, lora_row
 from lorastack.core.packed import PackedWeight, Term
 from lorastack.core.target import Naming, TargetModule
-from lorastack.errors import ArgumentError, NamingError, UnknownNameError, UnsupportedError, did_you_mean
-from lorastack.ways import CONVERT, Way, drop_extras, ways
+from lorastack.errors import ArgumentError, NamingError, UnknownNameError, did_you_mean
+from lorastack.ways import CONVERT, ways
 
 if TYPE_CHECKING:
     from lorastack.base import BaseModel
@@ -25,21 +27,6 @@ _UNKNOWN: Any = object()
 _KIND_NAMES = {"gguf": "GGUF tensor names", "hf": "Hugging Face names", "own": "names of its own"}
 
 
-class Entry(NamedTuple):
-    """One pushed adapter: its name on this stack, the adapter, its scale."""
-
-    name: str
-    lora: LoadedLora
-    scale: float
-
-
-class _Now(NamedTuple):
-    """What a stack holds at one time, and what was packed of it."""
-
-    entries: tuple[Entry, ...]
-    packs: dict[str, PackedWeight | None]
-
-
 class LoraStack:
     """Adapters with scales, applied as one sum.
 
@@ -47,6 +34,12 @@ class LoraStack:
     object that satisfies `LoraAdapter`, found by (target module, layer). The stack is the only object
     here that changes; several threads may read it while one changes it, and each sees the stack as it was at one time.
     ``copy.copy`` copies the lists and shares the weights; a pickle has the numbers with it.
+
+    Parameters
+    ----------
+    entries
+        Adapters, each alone (scale 1) or as ``(adapter, scale)``; or a mapping of adapter to scale, or of a name to
+        either. A stack, of which this becomes a copy of the first list.
 
     Example
     -------
@@ -58,12 +51,14 @@ class LoraStack:
     ('ones', 'ones#2')
     >>> stack.apply("layer.weight", np.array([1, 2, 3], np.float32), out_features=2)
     array([4.5, 4.5], dtype=float32)
+    >>> LoraStack([lora]) + lora, LoraStack({"mine": (lora, 2)})["mine"][1], [scale for _, scale in stack]
+    (LoraStack([ones:1, ones#2:1]), 2.0, [0.5, 0.25])
     """
 
-    def __init__(self, entries: Iterable[tuple[LoadedLora, float]] = ()) -> None:
+    def __init__(self, entries: Given = ()) -> None:
         self._adapters: list[LoraAdapter] = []
-        self._now = _Now((), {})
-        for lora, scale in entries:
+        self._now = Now((), {})
+        for lora, scale in pairs_of(entries):
             self.push(lora, scale)
 
     def push(self, lora: LoadedLora, scale: float = 1.0) -> None:
@@ -164,19 +159,57 @@ class LoraStack:
     def __bool__(self) -> bool:
         return not self.is_empty()
 
+    def __iter__(self) -> Iterator[tuple[LoadedLora, float]]:
+        return iter(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    @overload
+    def __getitem__(self, at: int | str) -> tuple[LoadedLora, float]: ...
+    @overload
+    def __getitem__(self, at: slice) -> LoraStack: ...
+    def __getitem__(self, at: int | str | slice) -> tuple[LoadedLora, float] | LoraStack:
+        """``(lora, scale)`` by position or by name; a slice is a stack of those."""
+        if isinstance(at, slice):
+            return LoraStack(self.entries[at])
+        return self.entries[self._position(at) if isinstance(at, str) else at]
+
+    def __add__(self, other: Any) -> LoraStack:
+        """This stack, with the adapters of another stack, or one adapter, on top."""
+        if isinstance(other, LoadedLora):
+            other = LoraStack([other])
+        if not isinstance(other, LoraStack):
+            return NotImplemented
+        both = LoraStack([*self.entries, *other.entries])
+        both._adapters = [*self._adapters, *other._adapters]
+        return both
+
+    def __radd__(self, other: Any) -> LoraStack:
+        # What sum() begins with.
+        return LoraStack() + self if isinstance(other, int) and other == 0 else NotImplemented
+
     def __copy__(self) -> LoraStack:
         twin = LoraStack()
         twin._adapters = list(self._adapters)
-        twin._now = _Now(self._entries, dict(self._packs))
+        twin._now = Now(self._entries, dict(self._packs))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_adapters": self._adapters, "_now": _Now(self._entries, {})}
+        return {"_adapters": self._adapters, "_now": Now(self._entries, {})}
 
     def __repr__(self) -> str:
         entries = ", ".join(f"{entry.name}:{entry.scale:g}" for entry in self._entries)
         more = f" + {len(self._adapters)} by target and layer" if self._adapters else ""
         return f"LoraStack([{entries}]{more})"
+
+    def _repr_html_(self) -> str:
+        rows = [(f"{entry.scale:g}", *lora_row(entry.lora, entry.name)) for entry in self._entries]
+        return html_table(repr(self).partition("(")[0], ("scale", *LORA_FIELDS), rows)
+
+    def save(self, path: str | Path, *, base: BaseModel | str | Path | None = None, **options: Any) -> Path:
+        """Bake the stack exactly and write it to a ``.gguf`` file or a PEFT folder; options as of `lorastack.save`."""
+        return self.bake(base).save(path, **options)
 
     def terms(self, name: str) -> Iterator[Term]:
         """``(scale, delta)`` of the entries that have the weight ``name``, in the order pushed.
@@ -219,7 +252,7 @@ class LoraStack:
         entries, packs = self._now
         pack = packs.get(tensor_name, _UNKNOWN)
         if pack is _UNKNOWN:
-            pack = _pack(tensor_name, entries, compute_dtype(x).type)
+            pack = pack_of(tensor_name, entries, compute_dtype(x).type)
             # A name that no adapter has may be any, of any number: not all of them are kept.
             if pack is not None or len(packs) < _MOST_PACKS:
                 packs[tensor_name] = pack
@@ -338,7 +371,7 @@ class LoraStack:
 
     def _set(self, entries: Sequence[Entry]) -> None:
         """Put other entries here, with nothing packed: in one step, so that no reader packs old ones for them."""
-        self._now = _Now(tuple(entries), {})
+        self._now = Now(tuple(entries), {})
 
     def _position(self, name: str) -> int:
         for position, entry in enumerate(self._entries):
@@ -353,23 +386,3 @@ class LoraStack:
         if name not in taken:
             return name
         return next(f"{name}#{n}" for n in range(2, len(taken) + 3) if f"{name}#{n}" not in taken)
-
-
-def _pack(name: str, entries: Sequence[Entry], dtype: type) -> PackedWeight | None:
-    found = [(entry, entry.lora.get(name)) for entry in entries]
-    terms = [(entry.scale, delta) for entry, delta in found if delta is not None]
-    unmet = [
-        f"{entry.name}: {name} has {KINDS[kind]}" for entry, _ in found for kind in extras_at(entry.lora.extras, name)
-    ]
-    if unmet:
-        raise UnsupportedError(
-            "only low-rank updates can be applied to an array"
-            + ways(
-                Way("attach the stack to a model with lorastack.torch", "give prompts to `lorastack run`"),
-                drop_extras(),
-                "take the adapter out",
-            ),
-            unmet,
-        )
-    names = [entry.name for entry, delta in found if delta is not None]
-    return PackedWeight(terms, names, dtype) if terms else None
