@@ -5,6 +5,8 @@ Run: make demo
 
 from __future__ import annotations
 
+import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -61,6 +63,17 @@ def main() -> None:
         with attach(model, LoraStack([(load(path), 1.0)])) as handle:
             baked = write(f"all three baked into one PEFT adapter of {size / 1024:.0f} KiB", handle)
     console.print(f"\nThe baked adapter writes the same text as the stack: [bold]{baked == stacked}[/]")
+    if len(sys.argv) > 1:
+        _leave_playground(Path(sys.argv[1]))
+
+
+def _leave_playground(folder: Path) -> None:
+    """The demo's files where outputs may lie beside them, and what to type next."""
+    shutil.copytree(DEMO, folder, dirs_exist_ok=True)
+    console.print(f"\nThe base and its adapters lie in [bold]{folder}[/] now. Type next:")
+    console.print("  source .venv/bin/activate")
+    console.print(f"  cd {folder}")
+    console.print("  lorastack run base luna:0.7 excited.gguf:0.3 -p 'Once upon a time there was a little' -n 20")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,5 @@ def test_a_notebook_shows_a_table_without_markup_from_names() -> None:
 
 def test_select_that_matches_nothing_refuses_as_scaled_does() -> None:
     for call in (lambda: A.select("blk.*"), lambda: A.scaled({"blk.*": 2.0})):
-        with pytest.raises(
-            ArgumentError, match=r"a: no weight matches .*blk.*; its weights are named"
-        ):
+        with pytest.raises(ArgumentError, match=r"a: no weight matches .*blk.*; its weights are named"):
             call()
