@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorastack.errors import ArgumentError, shown
-from lorastack.files import kind_of, status_of
+from lorastack.files import kind_of, read_head, status_of
 from lorastack.torch.search import Trial, quiet
 
 #: Of the one study in the file.
@@ -30,6 +30,8 @@ class Journal:
         status = status_of(path, ArgumentError)
         if status is not None and (kind := kind_of(status.st_mode)) != "a file":
             raise ArgumentError(f"{path}: it is {kind}, expected a file, or none yet")
+        if status is not None and status.st_size and b'"op_code"' not in read_head(path, 200):  # it would be added to
+            raise ArgumentError(f"{path}: it is no study of Optuna's; give another name")
         try:
             with quiet(optuna), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a storage that some versions call experimental
