@@ -26,8 +26,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOM = 4 << 30
 #: What hangs outside Python's reach is ended after this many seconds.
 HANGS = 60
-#: No input is longer.
-LONGEST = 1 << 16
+#: None is kept to start from that is longer, or takes more of the processor's time: of it come others like it.
+LONGEST, SLOWEST = 1 << 16, 0.3
 #: Inputs that were answered in a way of their own are kept to start from, so many at most.
 MOST_KEPT = 3000
 #: And so many that were taken: changed once more, they reach further than what was refused.
@@ -72,6 +72,7 @@ class Session:
         os.pwrite(self._running, data, 0)
         os.ftruncate(self._running, len(data))
         self.runs += 1
+        began = time.process_time()
         faulthandler.dump_traceback_later(HANGS, exit=True)
         try:
             said = answer(self.target.work, data, self._empty())
@@ -80,7 +81,7 @@ class Session:
             return
         finally:
             faulthandler.cancel_dump_traceback_later()
-        if len(data) > LONGEST:
+        if len(data) > LONGEST or time.process_time() - began > SLOWEST:
             return
         if said == "taken":
             self._keep_sound(data)
@@ -152,8 +153,8 @@ def guide(session: Session, end: float, seed: int) -> None:
     corpus.mkdir()
     for n, data in enumerate(session.pool):
         (corpus / f"{n:04}").write_bytes(data)
-    options = (f"-seed={seed + 1}", f"-max_len={LONGEST}", "-rss_limit_mb=0", f"-timeout={HANGS}", "-verbosity=0",
-               f"-artifact_prefix={session.scratch}/")  # fmt: skip
+    options = (f"-seed={seed + 1}", f"-max_len={LONGEST}", f"-timeout={HANGS}", f"-artifact_prefix={session.scratch}/",
+               "-entropic_scale_per_exec_time=1", "-rss_limit_mb=0", "-verbosity=0")  # fmt: skip
     atheris.Setup([sys.argv[0], *options, str(corpus)], one, custom_mutator=change)
     atheris.Fuzz()
 
