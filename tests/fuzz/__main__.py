@@ -111,8 +111,10 @@ def _run_one(target: str, engine: str, seconds: float, seed: int, findings: Path
                 done = Done(done.runs + said["runs"], done.taken + said["taken"], done.answers + said["answers"],
                             done.found | said["found"])  # fmt: skip
                 break
-            where = f"the process ended with {ended}, or hung"
-            done.found[where] = _keep_running(scratch, findings / target, where)
+            name = _keep_running(scratch, findings / target, f"the process ended with {ended}, or hung")
+            if name in done.found.values():
+                break  # it dies of what it starts with, again and again
+            done.found[name] = name
     return done
 
 

@@ -60,6 +60,7 @@ class Session:
         from tests.fuzz.guard import Finding, answer
 
         for data in self.target.seeds():
+            self._note(data)
             try:
                 answer(self.target.work, data, self._empty())
             except Finding:
@@ -69,8 +70,7 @@ class Session:
         """Run one input, and keep it if its answer is a new one."""
         from tests.fuzz.guard import Finding, answer
 
-        os.pwrite(self._running, data, 0)
-        os.ftruncate(self._running, len(data))
+        self._note(data)
         self.runs += 1
         began = time.process_time()
         faulthandler.dump_traceback_later(HANGS, exit=True)
@@ -88,6 +88,11 @@ class Session:
         if said not in self.answers and len(self.pool) < MOST_KEPT:
             self.answers.add(said)
             self.pool.append(data)
+
+    def _note(self, data: bytes) -> None:
+        """Write down what is run, in case that nothing is written any more."""
+        os.pwrite(self._running, data, 0)
+        os.ftruncate(self._running, len(data))
 
     def _keep_sound(self, data: bytes) -> None:
         if len(self.sound) < MOST_SOUND:
