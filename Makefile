@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow walk lint types docs bench build clean
+.PHONY: help demo test test-slow walk fuzz lint types docs bench build clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -20,6 +20,9 @@ test-slow: $(VENV)/.dev ## Run the tests that take minutes each
 
 walk: ## Type what the README shows in a clean clone, as a stranger would
 	$(PYTHON) tests/walk.py $(ARGS)
+
+fuzz: $(VENV)/.fuzz ## Look for inputs that break the library (SECONDS=60 in all, TARGET=gguf, SEED=1)
+	$(BIN)/python -m tests.fuzz run --seconds $(or $(SECONDS),60) --seed $(or $(SEED),0) $(TARGET:%=--target %)
 
 lint: $(VENV)/.dev ## Check style and formatting
 	$(BIN)/ruff check .
@@ -42,7 +45,7 @@ build: $(VENV)/.dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist
 
 clean: ## Remove the environment and everything built
-	rm -rf $(VENV) dist site playground .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist site playground fuzz-findings .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; run: make PYTHON=python3.12")'
@@ -56,4 +59,9 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "Installing lorastack with all that tests need into $(VENV) (a minute or two) ..."
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+# atheris steers the fuzzers where there is a wheel of it; it is not built from source, and nothing else needs it.
+$(VENV)/.fuzz: $(VENV)/.dev
+	@$(PIP) --only-binary atheris -e '.[dev,fuzz]' || echo "atheris cannot be installed here: the mutator works by itself"
 	@touch $@

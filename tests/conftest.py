@@ -26,6 +26,11 @@ def lacking(reason: str) -> None:
     pytest.skip(reason)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The corpus of all that ever got through comes first."""
+    items.sort(key=lambda item: item.path.name != "test_corpus.py")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The reference data beside the repository."""

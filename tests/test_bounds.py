@@ -263,7 +263,7 @@ def test_what_torch_saves_is_still_read(folder: Path, make: Any) -> None:
 
 
 def test_ten_thousand_gguf_tensors_cost_little(tmp_path: Path) -> None:
-    from tests.hostile.test_gguf_attacks import header, padded, tensor
+    from tests.hostile.gguf_bytes import header, padded, tensor
 
     names = [f"{n:x}.weight.lora_a" for n in range(10_000)]
     file = tmp_path / "x.gguf"
@@ -275,7 +275,7 @@ def test_more_tensors_than_any_adapter_has_are_refused_before_they_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lorastack.formats import gguf_header
-    from tests.hostile.test_gguf_attacks import DATA, header, padded
+    from tests.hostile.gguf_bytes import DATA, header, padded
 
     monkeypatch.setattr(gguf_header, "MAX_TENSORS", 1)
     file = tmp_path / "x.gguf"

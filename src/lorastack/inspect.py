@@ -6,12 +6,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from lorastack.base import BaseModel
 from lorastack.base.fit import misfits
 from lorastack.core.adapter import LoadedLora
-from lorastack.core.dtypes import nonfinite_count
+from lorastack.core.dtypes import any_value, nonfinite_count
 from lorastack.core.extras import HARMLESS, KINDS
 from lorastack.errors import shown
 from lorastack.formats.peft import NOTES_KEY
@@ -104,7 +102,7 @@ def _odd(lora: LoadedLora) -> list[str]:
     for name, delta in lora.adapters.items():
         a, b = (factor.raw() for factor in delta.factors)
         bad += [f"{name}.{part}" for part, array in (("lora_A", a), ("lora_B", b)) if nonfinite_count(array)]
-        if not np.any(a) or not np.any(b):
+        if not any_value(a) or not any_value(b):
             silent.append(name)
     if silent:
         found.append(f"{len(silent)} weights change nothing (A or B is all zero), such as {silent[0]}")

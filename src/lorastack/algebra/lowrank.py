@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.linalg import LinAlgError
 
-from lorastack.core.delta import LoraDelta, read_all
+from lorastack.core.delta import LoraDelta, in_type, read_all
 from lorastack.core.dtypes import FLOAT32_MAX
 from lorastack.core.factor import Factor
 from lorastack.core.packed import PackedWeight, Term
@@ -53,6 +53,8 @@ def matrices(terms: Sequence[Term], names: Sequence[str] = ()) -> list[Matrix]:
         When the terms do not have one shape.
     NonFiniteError
         Listing every factor that holds NaN or Inf.
+    FormatError
+        When a float64 factor holds more than float32 does.
     """
     PackedWeight.check(terms, names or [f"adapter {n}" for n in range(len(terms))])
     check_scales(terms, names)
@@ -105,6 +107,10 @@ def flat_shape(delta: LoraDelta) -> tuple[int, int, int]:
 
 def _flat(delta: LoraDelta, times: float) -> list[Matrix]:
     count, out, n_in = flat_shape(delta)
+    for factor in delta.factors:
+        in_type(
+            factor.array, np.dtype(np.float32), factor.label
+        )  # of what float32 holds, squares of products are finite
     a = delta.a.reshape(count, delta.rank, n_in).astype(np.float64)
     b = delta.b.reshape(count, out, delta.rank) * np.float64(times)
     return [Matrix(*pair) for pair in zip(b, a, strict=True)]

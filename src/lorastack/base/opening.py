@@ -50,14 +50,18 @@ def _from_gguf(path: Path, given: str) -> BaseModel:
     config = {key: f.contents() for key, f in reader.fields.items() if not key.startswith(("GGUF.", "tokenizer."))}
     if config.get("general.type") == "adapter":
         raise FormatError(f"base {given}: it is an adapter (general.type), give the model it was trained on")
+    architecture = config.get("general.architecture")
+    if architecture is not None and not isinstance(architecture, str):
+        raise FormatError(f"base {given}: key general.architecture is {shown(architecture)}, expected a name")
     shapes = {t.name: tuple(int(n) for n in reversed(t.shape.tolist())) for t in reader.tensors}
     stored = {t.name: Stored((path,), partial(_dequantised, t, given)) for t in reader.tensors}
-    return BaseModel(given, "gguf", config.get("general.architecture"), config, shapes, stored)
+    return BaseModel(given, "gguf", architecture, config, shapes, stored)
 
 
 def _dequantised(tensor: gguf.ReaderTensor, given: str) -> np.ndarray:
     try:
-        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        with np.errstate(all="ignore"):  # a base may hold NaN and Inf
+            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except (NotImplementedError, ValueError, KeyError) as error:
         kind = tensor.tensor_type.name
         raise UnsupportedError(f"base {given}: tensor {tensor.name} of type {kind} cannot be read: {error}") from error

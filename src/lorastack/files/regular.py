@@ -46,7 +46,7 @@ def local(given: str) -> Path:
     """The path that a word names, its ``~`` spelt out where there is such a user."""
     try:
         return Path(given).expanduser()
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # no such user, or no text that could name one
         return Path(given)
 
 

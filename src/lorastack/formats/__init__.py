@@ -147,7 +147,7 @@ def adapters_in(folder: Path) -> list[Path]:
 
     Empty where the folder is an adapter, a whole model, or no folder.
     """
-    if not folder.is_dir() or (folder / CONFIG_NAME).is_file() or _is_model(folder):
+    if not os.path.isdir(folder) or (folder / CONFIG_NAME).is_file() or _is_model(folder):
         return []
     return _adapters_below(folder) + [path for path in _weight_files(folder) if path.suffix == ".gguf" and _adds(path)]
 

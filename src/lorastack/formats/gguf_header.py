@@ -74,7 +74,7 @@ class Tensor:
         raw = self.header.source.array(self.start, self.size)
         shape, letters = self.dims[::-1], PLAIN.get(self.tensor_type.name)
         if letters is None:
-            return raw.reshape(gguf.quants.quant_shape_to_byte_shape(shape, self.tensor_type))
+            return raw.reshape(gguf.quants.quant_shape_to_byte_shape(shape or (1,), self.tensor_type))
         return raw.view(self.header.order + letters).reshape(shape)
 
 

@@ -7,6 +7,7 @@ keys that all have one hash, and for tensors with methods of their own. A state 
 from __future__ import annotations
 
 import pickletools
+import warnings
 import zipfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -47,7 +48,7 @@ _PUTS = frozenset("PUT BINPUT LONG_BINPUT".split())
 
 def check_pickles(file: OpenedFile) -> None:
     """Raise FormatError unless the file asks for nothing but what a state dict is made of."""
-    with file.stream() as stream:
+    with file.stream() as stream, warnings.catch_warnings(action="ignore"):  # of escapes in texts that it may hold
         if not zipfile.is_zipfile(stream):
             stream.seek(0)
             for _ in range(_OLD_PICKLES):

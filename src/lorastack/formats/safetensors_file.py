@@ -149,7 +149,7 @@ def _in_order(header: dict[str, Any], room: int) -> dict[str, Info] | None:
                 size = _ITEM[stored] * rows * columns
             else:
                 size = _ITEM[stored]
-                if len(shape) > MAX_DIMENSIONS:
+                if type(shape) is not list or len(shape) > MAX_DIMENSIONS:
                     return None
                 for n in (shape := tuple(shape)):
                     if type(n) is not int or not 0 < n <= room:
@@ -173,6 +173,8 @@ def _checked(header: dict[str, Any], room: int, path: Path) -> dict[str, Info]:
             problems.add("and so on; the file is damaged")
             break
         try:
+            if not isinstance(entry["shape"], list):  # an empty text would do for a number's
+                raise TypeError
             stored, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             sound = len(shape) <= MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
             # An array without elements can still have more dimensions than NumPy can multiply.

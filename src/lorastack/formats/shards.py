@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, Problems, shown
+from lorastack.files import present
 from lorastack.formats.json_object import read_object
 from lorastack.formats.opened import OpenedFile
 from lorastack.formats.safetensors_file import Info
@@ -32,7 +33,7 @@ class Shards:
         wanted = _weight_map(file)
         problems = Problems(f"cannot read {index}")
         names = sorted(set(wanted.values()))
-        missing = [name for name in names if not (index.parent / name).is_file()]
+        missing = [name for name in names if not present(index.parent / name)]
         for name in missing:
             problems.add(f"{name} is not there; fetch the folder whole")
         opened = {name: open_tensors(index.parent / name) for name in names if name not in missing}
