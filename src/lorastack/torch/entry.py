@@ -7,7 +7,24 @@ from typing import Any
 
 from torch import nn
 
-from lorastack.torch.passes import CURRENT, Passes, eager
+from lorastack.torch.passes import CURRENT, Passes, eager, not_pickled
+
+
+class Outside:
+    """A hook that compiled code leaves alone. An object, since a function that torch wraps cannot say why not to pickle it."""
+
+    def __init__(self, entry: Entry, hook: Any) -> None:
+        self.__self__ = entry
+        self._hook = eager(hook)
+
+    def __call__(self, *given: Any) -> None:
+        self._hook(*given)
+
+    def __deepcopy__(self, memo: Any) -> Outside:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise not_pickled()
 
 
 class Entry:
@@ -16,7 +33,7 @@ class Entry:
     def __init__(self, passes: Passes, module: nn.Module, is_root: bool, layers: Callable[[], Any]) -> None:
         self.passes, self.number, self.module, self.is_root = passes, passes.number, module, is_root
         self._layers = layers
-        self._enter, self._leave = eager(self._really_enter), eager(self._really_leave)
+        self._enter, self._leave = Outside(self, self._really_enter), Outside(self, self._really_leave)
         self._hooks = (self._enter, self._leave, self._begin, self._end)
         self._handles: list[Any] = []
 
@@ -40,6 +57,9 @@ class Entry:
 
     def __deepcopy__(self, memo: Any) -> Entry:
         return self  # a hook that goes along when a model is copied
+
+    def __reduce__(self) -> Any:
+        raise not_pickled()
 
     def _really_enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.passes.enter(module, args, kwargs, self._layers)
