@@ -56,7 +56,7 @@ class Counting:
 
 
 def raise_limits() -> None:
-    """Each mixture is a graph of its own, beyond the eight that a function may have; it is each thread's own setting."""
+    """Each mixture is a graph of its own, of which a function may have eight; it is each thread's own setting."""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
 
 

@@ -11,7 +11,7 @@ from lorastack.torch.passes import CURRENT, Passes, eager, not_pickled
 
 
 class Outside:
-    """A hook that compiled code leaves alone. An object, since a function that torch wraps cannot say why not to pickle it."""
+    """A hook that compiled code leaves alone; an object, since a function has no word in how it is pickled."""
 
     def __init__(self, entry: Entry, hook: Any) -> None:
         self.__self__ = entry
