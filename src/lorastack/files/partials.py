@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,15 +57,20 @@ def _made(target: Path) -> tuple[Path, list[int]]:
     """A new folder, and descriptors of its lock, none where there are no locks."""
     stem = os.fsdecode(os.fsencode(target.name)[:_STEM_BYTES])
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{stem}.", suffix=".partial", dir=target.parent))
+        # The name comes first, so that a signal the moment the folder is there finds what to remove.
+        folder = target.parent / f".{stem}.{secrets.token_hex(4)}.partial"
         try:
+            folder.mkdir(0o700)
             lock = _locked(folder, create=True)
             if lock is None:
                 return folder, []
             if lock != _TAKEN:
                 return folder, [lock, *(os.dup(lock) for _ in range(4))]
-        except FileNotFoundError:  # swept before it had its lock
+        except FileExistsError:
             continue
+        except FileNotFoundError:  # swept before it had its lock
+            if not target.parent.exists():
+                raise
         except BaseException:
             for path in (folder / _LOCK, folder):
                 with contextlib.suppress(OSError):
