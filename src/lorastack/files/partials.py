@@ -45,12 +45,14 @@ def partial_beside(target: Path) -> Iterator[Partial]:
         partial.new.parent.mkdir()
         yield partial
     finally:
-        # Removing a folder takes descriptors, and the last ones may be what the body failed for.
-        for spare in locks[1:]:
-            os.close(spare)
-        _put_away(folder)
-        for lock in locks[:1]:
-            os.close(lock)
+        try:
+            # Removing a folder takes descriptors, and the last ones may be what the body failed for.
+            for spare in locks[1:]:
+                os.close(spare)
+        finally:  # a signal that ends the process may come right there
+            _put_away(folder)
+            for lock in locks[:1]:
+                os.close(lock)
 
 
 def _made(target: Path) -> tuple[Path, list[int]]:
