@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from lorastack.errors import FormatError
-from lorastack.files import local, nearest, status_of
+from lorastack.files import local, looked_into, nearest, status_of
 
 #: owner/name, then a folder inside, then a revision.
 _HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)((?:/[\w][\w.-]*)*)(?:@([\w][\w./-]*))?")
@@ -32,7 +32,7 @@ def resolve(given: str, subfolder: str | None = None, patterns: tuple[str, ...] 
     """
     path = local(given)
     if status_of(path) is not None:
-        return path if subfolder is None else _inside(path, subfolder)
+        return looked_into(path) if subfolder is None else looked_into(_inside(looked_into(path), subfolder))
     match = _HUB_ID.fullmatch(_of_address(given))
     if not match or given.startswith((".", "/", "~")) or given.endswith(_FILES):
         raise FormatError(f"{given}: there is no such file or folder{nearest(path)}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
+import io
 import pickle
 import sys
 import weakref
@@ -166,6 +168,78 @@ def test_copies_children_and_parents_are_not_attached_twice() -> None:
     attach(twin, lora("a", 0)).detach()
     handle.detach()
     assert torch.equal(model(IDS), base)
+
+
+class Everything(nn.Module):
+    """A model with a place for each kind of extra."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.one, self.saved = nn.Embedding(9, 6), nn.Linear(6, 5), nn.Linear(5, 9, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.saved(self.one(self.table(ids)))
+
+
+def with_everything() -> LoadedLora:
+    from dataclasses import replace
+
+    rng = np.random.default_rng(4)
+
+    def factor(*shape: int) -> Factor:
+        return Factor.of(rng.standard_normal(shape).astype(np.float32), "made")
+
+    one = LoadedLora.from_tensors(
+        {"one.weight": (np.ones((2, 6), np.float32), np.ones((5, 2), np.float32))}, name="a", naming="hf"
+    )
+    tokens = {"table.weight": ((3, 8), factor(2, 6))}
+    saved = {"saved.weight": factor(9, 5)}
+    return replace(one, extras={"bias": {"one.bias": factor(5)}, "modules_to_save": saved, "new_tokens": tokens})
+
+
+def test_a_copy_is_brought_back_to_the_base_with_all_that_was_saved() -> None:
+    torch.manual_seed(0)
+    model = Everything()
+    base, before = model(IDS), {key: value.clone() for key, value in model.state_dict().items()}
+    handle = attach(model, with_everything())
+    changed = model(IDS)
+    twin, kept = copy.deepcopy(model), copy.deepcopy(model)
+    assert torch.equal(twin(IDS), changed)
+    detach(twin)
+    assert torch.equal(twin(IDS), base)
+    assert hooks(twin) == 0
+    state = twin.state_dict()
+    assert list(state) == list(before)
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+    assert twin.saved is not model.saved
+    assert torch.equal(model(IDS), changed), "the copy's end is not the model's"
+    handle.detach()
+    assert torch.equal(model(IDS), base)
+    assert torch.equal(kept(IDS), changed), "a copy keeps what it has"
+    detach(kept)
+    assert torch.equal(kept(IDS), base)
+    attach(twin, with_everything())
+    assert torch.equal(twin(IDS), changed)
+
+
+@pytest.mark.parametrize("compiler", [False, True])
+@pytest.mark.parametrize("what", ["updates", "extras", "a part", "a bare parameter", "nothing"])
+def test_an_attached_model_says_why_it_is_not_pickled(
+    what: str, compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiler:
+        importlib.import_module("torch._dynamo")
+    else:
+        monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)  # hooks are made otherwise without it
+    model: Any = Everything() if what == "extras" else small()
+    handle = attach(model, {"extras": with_everything(), "nothing": LoraStack()}.get(what, lora("a", 0)))
+    part = {"a part": lambda: model.one, "a bare parameter": lambda: model.__dict__["bare"]}.get(what, lambda: model)()
+    for pickled in (pickle.dumps, lambda model: torch.save(model, io.BytesIO())):
+        with pytest.raises(ArgumentError, match=r"has a stack attached cannot be pickled; detach it, or .*state_dict"):
+            pickled(part)
+    torch.save(model.state_dict(), io.BytesIO())
+    handle.detach()
+    assert torch.equal(pickle.loads(pickle.dumps(model))(IDS), model(IDS))
 
 
 def test_handles_say_that_they_are_not_to_be_copied() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from types import FrameType
@@ -12,9 +14,14 @@ from typing import Any
 from lorastack.cli.console import echo, say_error, say_warning
 from lorastack.errors import LoraStackError, LoraStackWarning
 
+#: The exit code of what is a mistake of ours, as in sysexits.h; whatever else is wrong exits with 1 or 2.
+_MISTAKE = 70
+#: Set, it shows where a mistake of ours was made.
+_TRACEBACK = "LORASTACK_TRACEBACK"
+
 
 def run_to_its_end(command: Callable[[], object]) -> None:
-    """Run it; errors are printed plainly and exit with 1, signals that end a process exit as it would."""
+    """Run it; errors are printed plainly and exit with 1, mistakes of ours with 70, signals exit as they would."""
     warnings.simplefilter("once", LoraStackWarning)
     warnings.showwarning = _show_warning
     known = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
@@ -30,7 +37,8 @@ def run_to_its_end(command: Callable[[], object]) -> None:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if (words := _words(error)) is None:
-            raise
+            _say_mistake(error)
+            sys.exit(_MISTAKE)
         say_error(words)
     else:
         return
@@ -56,11 +64,21 @@ def _end(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
+def _say_mistake(error: Exception) -> None:
+    if os.environ.get(_TRACEBACK):
+        echo("".join(traceback.format_exception(error)), end="", err=True)
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    say_error(
+        f"this is a mistake in lorastack, not in what you gave it: {said[:500]}"
+        + ("" if os.environ.get(_TRACEBACK) else f"; {_TRACEBACK}=1 in the environment shows where, for a report")
+    )
+
+
 def _words(error: Exception) -> str | None:
-    """What the system or Python ran into, in a plain word; None for what is a mistake of ours, with its traceback."""
+    """What the system or Python ran into, in a plain word; None for what is a mistake of ours."""
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error or type(error).__name__}"
+        return f"{where}{error.strerror or str(error) or type(error).__name__}"
     if isinstance(error, UnicodeError):
         return f"a text cannot be read or written: {error}"
     if isinstance(error, MemoryError):

@@ -12,7 +12,7 @@ from pathlib import Path
 from lorastack.errors import ArgumentError, LoraStackError, shown
 from lorastack.files.moves import move_new, swap
 from lorastack.files.partials import Partial, partial_beside, sweep
-from lorastack.files.regular import bytes_in_words, kind_of, local, reason, status_of
+from lorastack.files.regular import bytes_in_words, kind_of, local, looked_into, reason, status_of
 from lorastack.ways import FORCE, ways
 
 #: What was replaced is said here, at the level INFO; the command shows it.
@@ -95,6 +95,7 @@ def _irreplaceable(target: Path, found: os.stat_result) -> str | None:
     if os.path.realpath(target.parent) in _NO_PLACE or os.path.realpath(target.parent).startswith(("/proc/", "/sys/")):
         return "is no place for files"
     if stat.S_ISDIR(found.st_mode):
+        looked_into(target, ArgumentError)
         with os.scandir(target) as entries:
             files = {entry.name: entry.is_file() for entry in entries}
         others = sorted(name for name, is_file in files.items() if name not in ADAPTER_FILES or not is_file)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,27 +45,34 @@ def partial_beside(target: Path) -> Iterator[Partial]:
         partial.new.parent.mkdir()
         yield partial
     finally:
-        # Removing a folder takes descriptors, and the last ones may be what the body failed for.
-        for spare in locks[1:]:
-            os.close(spare)
-        _put_away(folder)
-        for lock in locks[:1]:
-            os.close(lock)
+        try:
+            # Removing a folder takes descriptors, and the last ones may be what the body failed for.
+            for spare in locks[1:]:
+                os.close(spare)
+        finally:  # a signal that ends the process may come right there
+            _put_away(folder)
+            for lock in locks[:1]:
+                os.close(lock)
 
 
 def _made(target: Path) -> tuple[Path, list[int]]:
     """A new folder, and descriptors of its lock, none where there are no locks."""
     stem = os.fsdecode(os.fsencode(target.name)[:_STEM_BYTES])
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{stem}.", suffix=".partial", dir=target.parent))
+        # The name comes first, so that a signal the moment the folder is there finds what to remove.
+        folder = target.parent / f".{stem}.{secrets.token_hex(4)}.partial"
         try:
+            folder.mkdir(0o700)
             lock = _locked(folder, create=True)
             if lock is None:
                 return folder, []
             if lock != _TAKEN:
                 return folder, [lock, *(os.dup(lock) for _ in range(4))]
-        except FileNotFoundError:  # swept before it had its lock
+        except FileExistsError:
             continue
+        except FileNotFoundError:  # swept before it had its lock
+            if not target.parent.exists():
+                raise
         except BaseException:
             for path in (folder / _LOCK, folder):
                 with contextlib.suppress(OSError):

@@ -42,6 +42,13 @@ def status_of(path: Path, error: type[LoraStackError] = FormatError) -> os.stat_
         raise error(f"{shown(str(path))}: it cannot be looked at: {reason(problem)}") from problem
 
 
+def looked_into(path: Path, error: type[LoraStackError] = FormatError) -> Path:
+    """``path``; where it is a folder, one whose files may be listed and looked at."""
+    if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):  # asked, since opening it takes a descriptor
+        raise error(f"{path}: it cannot be looked into: Permission denied")
+    return path
+
+
 def local(given: str) -> Path:
     """The path that a word names, its ``~`` spelt out where there is such a user."""
     try:

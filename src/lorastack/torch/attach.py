@@ -15,7 +15,7 @@ from lorastack.torch.entry import Entry
 from lorastack.torch.experts import LoraWeight
 from lorastack.torch.handle import ATTACHED, Handle
 from lorastack.torch.layer import LiveLayer
-from lorastack.torch.saved import BiasPatch, TokenPatch
+from lorastack.torch.saved import BiasPatch, TokenPatch, bring_back_replaced
 from lorastack.torch.wrappers import modules_of, unwrapped
 
 
@@ -114,6 +114,7 @@ def detach(model: nn.Module) -> None:
     if handle is not None:
         handle.detach()
     ATTACHED.pop(model, None)
+    bring_back_replaced(model)
     for module in modules_of(model):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if _is_ours(hook)]:

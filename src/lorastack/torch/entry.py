@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from lorastack.torch.passes import CURRENT, Passes, eager
+from lorastack.torch.passes import CURRENT, Passes, eager, not_pickled
 from lorastack.torch.wrappers import parents_of
+
+
+class Outside(partial):
+    """A hook that compiled code leaves alone; an object, since a function has no word in how it is pickled.
+
+    A partial, whose call is no code of Python's that torch could compile.
+    """
+
+    def __new__(cls, entry: Entry, hook: Any) -> Outside:
+        made = super().__new__(cls, eager(hook))
+        made.__self__ = entry  # type: ignore[attr-defined]
+        return made
+
+    def __deepcopy__(self, memo: Any) -> Outside:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise not_pickled()
 
 
 class Entry:
@@ -18,7 +36,8 @@ class Entry:
     def __init__(self, passes: Passes, module: nn.Module, is_root: bool) -> None:
         self.passes, self.number, self.module = passes, passes.number, module
         # Those of the whole model run outside of compiled code, those inside are traced with it.
-        self._hooks = (eager(self._enter), eager(self._leave)) if is_root else (self._begin, self._end)
+        inside = (self._begin, self._end)
+        self._hooks = (Outside(self, self._enter), Outside(self, self._leave)) if is_root else inside
         self._eager = _outside_compiled_code()
         self._handles: list[Any] = []
 
@@ -42,6 +61,9 @@ class Entry:
 
     def __deepcopy__(self, memo: Any) -> Entry:
         return self  # a hook that goes along when a model is copied
+
+    def __reduce__(self) -> Any:
+        raise not_pickled()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.passes.enter(module, args, kwargs)

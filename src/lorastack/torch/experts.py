@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from lorastack.errors import UnsupportedError
+from lorastack.torch.passes import not_pickled
 from lorastack.torch.places import Place
 from lorastack.torch.prepared import Prepared, Slot
 from lorastack.ways import Way, ways
@@ -43,6 +44,9 @@ class LoraWeight(torch.Tensor):
 
     def __deepcopy__(self, memo: Any) -> LoraWeight:
         return self  # what a copy of the module is shown, until it is detached
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise not_pickled()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorastack.torch.factors import Factors
-from lorastack.torch.passes import CURRENT, Pass, Passes, eager
+from lorastack.torch.passes import CURRENT, Pass, Passes, eager, not_pickled
 from lorastack.torch.places import Place
 
 Args = tuple[Any, ...]
@@ -37,6 +37,9 @@ class LiveLayer(Factors):
 
     def __deepcopy__(self, memo: Any) -> LiveLayer:
         return self  # a copy of an attached model has what the model has, until it is detached
+
+    def __reduce__(self) -> Any:
+        raise not_pickled()
 
     def attach(self) -> None:
         """Register the hook."""

@@ -120,7 +120,7 @@ class Passes:
         return self  # hooks that go along when a model is copied
 
     def __reduce__(self) -> Any:
-        raise ArgumentError("a model that has a stack attached cannot be pickled; detach it, or save its state_dict()")
+        raise not_pickled()
 
     @contextlib.contextmanager
     def between(self, doing: str) -> Iterator[None]:
@@ -189,6 +189,11 @@ class Passes:
             self._live.discard(one)
             if self._changer is not None:
                 self._turn.notify_all()
+
+
+def not_pickled() -> ArgumentError:
+    """What whoever pickles a model is told, by whichever of our hooks comes first."""
+    return ArgumentError("a model that has a stack attached cannot be pickled; detach it, or save its state_dict()")
 
 
 def eager(function: Any) -> Any:

@@ -15,12 +15,23 @@ from torch.nn import functional as F
 from lorastack.base.fit import changed_base, same_numbers
 from lorastack.core.factor import Factor
 from lorastack.errors import Problems
+from lorastack.torch.passes import not_pickled
 from lorastack.torch.places import Places, is_conv1d
 from lorastack.torch.tensors import to_torch
 from lorastack.torch.wrappers import offloaded_to, tensor_at_hand
 
 
-class BiasPatch:
+class _Hooked:
+    """A patch whose hooks go along when the model is copied, until they are detached there."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise not_pickled()
+
+
+class BiasPatch(_Hooked):
     """A trained bias in place of the base's: adds the difference to the module's output."""
 
     what = "trained biases of the base"
@@ -51,6 +62,18 @@ class BiasPatch:
         return output + difference
 
 
+#: Under this name a saved module holds the base's own, in its ``__dict__``: no part of the model, but of its copies.
+_REPLACED = "_lorastack_replaces"
+
+
+def bring_back_replaced(model: nn.Module) -> None:
+    """Put the base's own modules back where saved ones stand in a model, which may be a copy of the one attached to."""
+    for parent in list(model.modules()):
+        for key, module in parent._modules.items():
+            if module is not None and _REPLACED in module.__dict__:
+                parent._modules[key] = module.__dict__[_REPLACED]
+
+
 class ModulePatch:
     """A whole module saved in place of the base's: a copy with the saved weights stands in its parent."""
 
@@ -63,6 +86,7 @@ class ModulePatch:
         self.parent, self.key, self.module = parent, key, module
         self.copy = copy.copy(module)
         self.copy._parameters = dict(module._parameters)
+        self.copy.__dict__[_REPLACED] = module
         for name, tensor in tensors.items():
             self.copy._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         self._on = True
@@ -88,7 +112,7 @@ class ModulePatch:
             self._attached = False
 
 
-class TokenPatch:
+class TokenPatch(_Hooked):
     """Trained rows of some tokens in place of the embedding's, and in a head tied to it."""
 
     what = "trained tokens"
