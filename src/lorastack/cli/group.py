@@ -18,8 +18,8 @@ SETTINGS = {"help_option_names": ["-h", "--help"]}
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "apply": ("apply", "apply", "Apply the stack's sum at one weight to an array."),
     "bake": ("bake", "bake", "Bake a weighted stack into one adapter, exactly."),
-    "compare": ("compare", "compare_command", "Say what adapters do, and whether they cancel or pile up."),
-    "inspect": ("inspect", "inspect_command", "Say what adapters are, and what is odd about them."),
+    "compare": ("compare", "compare_command", "Say what adapters do and whether they cancel or pile up."),
+    "inspect": ("inspect", "inspect_command", "Say what adapters are: weights, ranks, scaling, and what is odd."),
     "report": ("report", "report", "Write one page about adapters and their sum."),
     "resize": ("resize", "resize", "Write an adapter at a lower rank, its error said."),
     "run": ("run", "run", "Continue prompts with a base and a weighted stack of adapters."),
