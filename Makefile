@@ -39,6 +39,7 @@ bench: $(VENV)/.dev ## Measure against the peers
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python benchmarks/bake.py
 	$(BIN)/python benchmarks/live.py
+	$(BIN)/python benchmarks/together.py
 
 build: $(VENV)/.dev ## Build the wheel into dist/
 	$(PIP) build
