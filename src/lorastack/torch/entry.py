@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,15 +11,16 @@ from torch import nn
 from lorastack.torch.passes import CURRENT, Passes, eager, not_pickled
 
 
-class Outside:
+class Outside(partial):  # whose call is no Python frame, which would be compiled
     """A hook that compiled code leaves alone; an object, since a function has no word in how it is pickled."""
 
-    def __init__(self, entry: Entry, hook: Any) -> None:
-        self.__self__ = entry
-        self._hook = eager(hook)
+    __self__: Entry
 
-    def __call__(self, *given: Any) -> None:
-        self._hook(*given)
+    @classmethod
+    def of(cls, entry: Entry, hook: Any) -> Outside:
+        made = cls(eager(hook))
+        made.__self__ = entry  # as a bound method has it
+        return made
 
     def __deepcopy__(self, memo: Any) -> Outside:
         return self
@@ -33,7 +35,7 @@ class Entry:
     def __init__(self, passes: Passes, module: nn.Module, is_root: bool, layers: Callable[[], Any]) -> None:
         self.passes, self.number, self.module, self.is_root = passes, passes.number, module, is_root
         self._layers = layers
-        self._enter, self._leave = Outside(self, self._really_enter), Outside(self, self._really_leave)
+        self._enter, self._leave = Outside.of(self, self._really_enter), Outside.of(self, self._really_leave)
         self._hooks = (self._enter, self._leave, self._begin, self._end)
         self._handles: list[Any] = []
 
