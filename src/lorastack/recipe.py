@@ -330,7 +330,7 @@ def load_stack(words: Iterable[str], **options: Any) -> LoraStack:
 
 def each_of(source: str) -> list[str]:
     """The adapters that a word without a scale names: itself, or all that a folder holds which is none itself."""
-    return [str(path) for path in formats.adapters_in(local(source))] or [source]
+    return ([str(path) for path in formats.adapters_in(local(source))] if source else []) or [source]
 
 
 def recipe_files(words: Iterable[str]) -> list[str]:

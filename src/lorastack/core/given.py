@@ -22,7 +22,7 @@ def pairs_of(given: Given) -> Iterator[tuple[LoadedLora, float]]:
         When something among them is neither an adapter nor a pair.
     """
     if isinstance(given, LoadedLora):
-        raise ArgumentError("LoraStack takes several adapters; put the one in a list: LoraStack([lora])")
+        raise ArgumentError("a stack is made of a list of adapters; put the one in a list")
     if not isinstance(given, Mapping):
         yield from map(_pair, given)
         return
