@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "lorastack"
 ORDER = (
     "errors ways pipeline "
     "core.dtypes core.factor core.delta core.target core.extras core.patterns core.adapter core.packed core.stack "
-    "files hub formats base algebra mixture recipe_text recipe inspect torch report cli"
+    "files hub formats base algebra mixture recipe_text recipe inspect merging torch report cli"
 ).split()
 #: function -> the lower layers it imports: facades that users expect as methods.
 FACADES = {

@@ -14,6 +14,7 @@ from lorastack.formats import save
 from lorastack.recipe import load
 
 if TYPE_CHECKING:
+    from lorastack.merging import merge as merge
     from lorastack.torch import tune as tune
 
 __version__ = "0.1.0"
@@ -32,7 +33,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Not in __all__: `import *` would load torch.
+    # Not in __all__: `import *` would load what few programs need, torch above all.
+    if name == "merge":
+        from lorastack.merging import merge
+
+        return merge
     if name == "tune":
         from lorastack.torch import tune
 
