@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from lorastack.files import below
 from lorastack.formats.json_object import read_object
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.merging.card import CARD, RECIPE
+from lorastack.merging.links import linked_to
 from lorastack.merging.plan import Plan
 from lorastack.merging.stream import How, Merging, Progress, span
 from lorastack.merging.update import Update
@@ -94,7 +94,6 @@ class Folder:
 
     def write(self, out: Path, recipe: str, link: bool, progress: Progress) -> int:
         """Fill the new folder ``out``; returns how many files are hard links."""
-        (out / RECIPE).write_text(recipe, encoding="utf-8")
         changed = self._config()
         linked = 0
         for path in self.carried:
@@ -107,7 +106,7 @@ class Folder:
             progress(path.stat().st_size)
         for shard in self.shards:
             target = out / shard.file.path.name
-            if shard.same and link and _linked(shard.file.path, target):
+            if shard.same and link and linked_to(shard.file.path, target):
                 linked += 1
                 progress(shard.size)
                 continue
@@ -228,12 +227,3 @@ def _others(folder: Path, shards: set[Path]) -> tuple[list[Path], list[Path]]:
         is_weights = Path(stem).suffix in _WEIGHTS
         (left_out if is_weights and inner.name != INDEX else carried).append(path)
     return carried, left_out
-
-
-def _linked(source: Path, target: Path) -> bool:
-    """Whether a hard link could be made: not to another disk, nor where the file system has none."""
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError:
-        return False
-    return True

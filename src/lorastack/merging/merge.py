@@ -21,8 +21,9 @@ from lorastack.errors import ArgumentError, Failures
 from lorastack.files import OutputError, bytes_in_words, check_output, whole_output
 from lorastack.formats.provenance import Provenance, sources_of
 from lorastack.hub import resolve
-from lorastack.merging.card import CARD, card
+from lorastack.merging.card import CARD, RECIPE, card
 from lorastack.merging.folder import Folder
+from lorastack.merging.gguf_files import GgufFiles
 from lorastack.merging.importance import Importance
 from lorastack.merging.plan import plan
 from lorastack.merging.rounding import Rounding
@@ -198,9 +199,11 @@ def merge(
     if dry_run:
         return done
     found: list[Verified] = []
+    recipe = provenance.to_toml()
     with whole_output(out, force, folder=target.as_folder, sources=sources) as scratch:
-        target.write(scratch, provenance.to_toml(), link, _counting(progress, "writing", target.size))
+        target.write(scratch, recipe, link, _counting(progress, "writing", target.size))
         if target.as_folder:
+            (scratch / RECIPE).write_text(recipe, encoding="utf-8")
             text = card(provenance, survivals, provenance.base or model.name)
             (scratch / CARD).write_text(text, encoding="utf-8")
         if verify:
@@ -228,7 +231,9 @@ def _target(model: BaseModel, stack: LoraStack, out: Path, how: How) -> Target:
         if out.suffix in (".gguf", ".safetensors"):
             raise ArgumentError(f"{out}: this base is a folder, and so is what it is merged to: leave the ending out")
         return Folder(planned, how)
-    raise NotImplementedError
+    if out.suffix in (".safetensors", ".bin"):
+        raise ArgumentError(f"{out}: this base is a GGUF file, and so is what it is merged to: NAME.gguf, or a folder")
+    return GgufFiles(planned, how, out)
 
 
 def _estimated(target: Target, how: How, say: Callable[[int, int], None]) -> list[Survival]:
