@@ -13,6 +13,7 @@ from lorastack.cli.bake import bake
 from lorastack.cli.compare import compare_command
 from lorastack.cli.console import saying
 from lorastack.cli.inspect import inspect_command
+from lorastack.cli.merge import merge_command
 from lorastack.cli.report import report
 from lorastack.cli.resize import resize
 from lorastack.cli.run import run
@@ -56,6 +57,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "bake": bake,
     "compare": compare_command,
     "inspect": inspect_command,
+    "merge": merge_command,
     "report": report,
     "resize": resize,
     "run": run,

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorastack.files import MERGE_RECIPE
 from lorastack.formats.provenance import Provenance
 from lorastack.merging.survival import Survival
 
-CARD, RECIPE = "README.md", "lorastack_merge.toml"
+CARD, RECIPE = "README.md", MERGE_RECIPE
 
 
 def card(provenance: Provenance, survivals: Sequence[Survival], base: str) -> str:

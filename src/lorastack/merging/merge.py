@@ -31,6 +31,7 @@ from lorastack.merging.stream import How, Merging, Progress
 from lorastack.merging.survival import Survival, estimate
 from lorastack.merging.update import Update
 from lorastack.merging.verify import Verified, refuse_worse, verify
+from lorastack.recipe import Recipe
 
 #: What is fetched of a base on the hub: its weights, and what else its folder holds.
 _WHOLE = ("*.safetensors", "*.json", "*.gguf", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "*.py")
@@ -176,7 +177,7 @@ def merge(
     stack = LoraStack([(stack, 1.0)]) if isinstance(stack, LoadedLora) else stack
     rounding = Rounding(round, seed)
     check_output(out, force)
-    model = base if isinstance(base, BaseModel) else _opened(base)
+    model = base if isinstance(base, BaseModel) else open_whole(base)
     made = {"rounding": round} | ({"seed": seed} if round != "nearest" else {}) | ({"exact": True} if exact else {})
     provenance = _provenance(stack, model)
     if method != "cat" or rank is not None or energy is not None or tolerance is not None:
@@ -203,17 +204,25 @@ def merge(
     with whole_output(out, force, folder=target.as_folder, sources=sources) as scratch:
         target.write(scratch, recipe, link, _counting(progress, "writing", target.size))
         if target.as_folder:
-            (scratch / RECIPE).write_text(recipe, encoding="utf-8")
-            text = card(provenance, survivals, provenance.base or model.name)
-            (scratch / CARD).write_text(text, encoding="utf-8")
+            _write_words(scratch, out, provenance, survivals)
         if verify:
             found = _verified(target, how, scratch, survivals, partial(_say, progress, "verifying"))
     return replace(done, out=out, verified=tuple(found))
 
 
-def _opened(base: str | Path) -> BaseModel:
-    resolve(str(base), patterns=_WHOLE)  # of a hub id everything is carried along
+def open_whole(base: str | Path) -> BaseModel:
+    """The base as `open_base` opens it; of a hub id, with all that is carried along."""
+    resolve(str(base), patterns=_WHOLE)
     return open_base(base)
+
+
+def _write_words(scratch: Path, out: Path, provenance: Provenance, survivals: Sequence[Survival]) -> None:
+    """The card of a new folder, and its recipe, whose paths are seen from where the folder will be."""
+    (scratch / CARD).write_text(card(provenance, survivals, provenance.base or ""), encoding="utf-8")
+    own = sorted({RECIPE, *(path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file())})
+    made = MappingProxyType({**provenance.made, "files": own})
+    recipe = Recipe(provenance.ingredients, provenance.base, made).seen_from(out)
+    (scratch / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
 
 
 def _provenance(stack: LoraStack, base: BaseModel) -> Provenance:

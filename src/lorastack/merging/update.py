@@ -63,6 +63,11 @@ class Update:
                 yield Block(matrix, first, min(first + step, rows))
 
     @property
+    def as_saved(self) -> bool:
+        """Whether it is what an adapter saved whole, and nothing else."""
+        return self.replaced is not None and not (self.terms or self.added or self.tokens)
+
+    @property
     def rank(self) -> int:
         """All ranks together."""
         return sum(term.delta.rank for term in self.terms)
