@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -281,13 +280,14 @@ def _check_apart(out: Path, sources: Sequence[Path]) -> None:
 
 
 def _check_room(out: Path, size: int) -> None:
-    with contextlib.suppress(OSError):
+    try:
         free = shutil.disk_usage(out.parent).free
-        if free < size:
-            raise OutputError(
-                f"{out}: it needs {bytes_in_words(size)}, {out.parent} has {bytes_in_words(free)} free; nothing was "
-                "written"
-            )
+    except OSError:  # a file system that does not say
+        return
+    if free < size:
+        raise OutputError(
+            f"{out}: it needs {bytes_in_words(size)}, {out.parent} has {bytes_in_words(free)} free; nothing was written"
+        )
 
 
 def _say(progress: Callable[[str, int, int], None] | None, what: str, done: int, total: int) -> None:
