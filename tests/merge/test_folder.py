@@ -21,6 +21,7 @@ from lorastack.core.factor import Factor
 from lorastack.errors import ArgumentError, FormatError, LoraStackError, NamingError, NonFiniteError, UnsupportedError
 from lorastack.files import OutputError
 from lorastack.torch import attach
+from tests.merge.stacks import Q, adapters
 from tests.merge.test_against_peft import loaded
 from tests.torch.families import FAMILIES, adapter_for, folder_of, linear_weights, logits, made
 from tests.torch.test_experts import mixtral, run, saved
@@ -28,7 +29,6 @@ from tests.torch.tiny import GROUPED, far
 
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NUMPY = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
-Q = "model.layers.0.self_attn.q_proj.weight"
 
 
 def llama(folder: Path, kind: str = "F32", shard: str = "20KB", **config: Any) -> Path:
@@ -37,23 +37,6 @@ def llama(folder: Path, kind: str = "F32", shard: str = "20KB", **config: Any) -
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED, **config)).to(TYPES[kind])
     model.save_pretrained(folder, max_shard_size=shard)
     return folder
-
-
-def adapters(count: int = 2, size: float = 0.05) -> LoraStack:
-    found = LoraStack()
-    for n in range(count):
-        rng = np.random.default_rng(n)
-        names = [Q, "model.layers.1.mlp.down_proj.weight"]
-        shapes = {names[0]: (32, 32), names[1]: (32, 48)}
-        factors = {
-            name: (
-                rng.standard_normal((3, n_in), np.float32),
-                size * rng.standard_normal((n_out, 3)).astype(np.float32),
-            )
-            for name, (n_out, n_in) in shapes.items()
-        }
-        found.push(LoadedLora.from_tensors(factors, alpha=6, name=f"a{n}", naming="hf"), 0.7 - 0.4 * n)
-    return found
 
 
 def everything(folder: Path) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from lorastack.cli.progress import byte_bar, step_bar
 from lorastack.files import bytes_in_words, check_output
 from lorastack.merging import Merged, merge
 from lorastack.merging.card import by_kind
-from lorastack.merging.merge import open_whole
+from lorastack.merging.new_base import open_whole
 from lorastack.recipe import Recipe, recipe_files
 
 #: Below this part of an update, most of it is gone.

@@ -51,7 +51,7 @@ def open_parts(path: Path, max_elements: int) -> list[Header]:
     if type(count) is not int or not 1 < count <= _MOST or not match or int(match["count"]) != count:
         raise FormatError(
             f"{path}: it says that it is one of {count} files, which are named NAME-00001-of-{count:05}.gguf and so "
-            "on; give it its name, or join the files with llama-gguf-split --merge"
+            "on; give it its name, or join the files with llama-gguf-split"
         )
     problems = Problems(f"cannot read {match['stem']}.gguf in {count} files")
     parts: list[Header] = []

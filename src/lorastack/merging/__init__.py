@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lorastack.merging.merge import Merged, merge
+from lorastack.merging.new_base import Merged, merge
 
 __all__ = ["Merged", "merge"]

@@ -14,8 +14,8 @@ import numpy as np
 from lorastack.merging.stream import Merging
 from lorastack.merging.update import Block
 
-#: Rows of a tensor that are looked at, chosen by its name.
-ROWS = 256
+#: Rows of a tensor that are looked at, chosen by its name; of a small one fewer, so that this is a small part of a run.
+ROWS, LEAST, PART = 256, 32, 24
 
 
 class Survival(NamedTuple):
@@ -73,10 +73,11 @@ def _sampled(merging: Merging) -> list[Block]:
     """Rows here and there, the same ones for a name each time; in runs, which cost less to read."""
     matrices, rows, columns = merging.update.shape
     total, run = matrices * rows, max(1, min(16, (1 << 14) // max(columns, 1)))
-    if total <= ROWS:
+    count = min(ROWS, max(LEAST, total // PART))
+    if total <= count:
         return [Block(matrix, 0, rows) for matrix in range(matrices)]
     rng = np.random.default_rng(zlib.crc32(merging.update.weight.encode()))
-    starts = np.sort(rng.choice(total // run, ROWS // run, replace=False)) * run
+    starts = np.sort(rng.choice(total // run, max(1, count // run), replace=False)) * run
     found = []
     for start in starts.tolist():
         matrix, first = divmod(start, rows)
