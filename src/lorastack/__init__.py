@@ -15,7 +15,7 @@ from lorastack.recipe import load
 
 if TYPE_CHECKING:
     from lorastack.merging import merge as merge
-    from lorastack.torch import tune as tune
+    from lorastack.torch.tune import tune as tune
 
 __version__ = "0.1.0"
 
