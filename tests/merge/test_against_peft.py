@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ from tests.torch.test_against_peft import CASES, features
 from tests.torch.tiny import ARCHITECTURES, GROUPED, far, make_model, output, save_adapter, set_scales
 
 TOLERANCE = 1e-5
+#: With layers of every kind, names of every kind; the others take a minute.
+FIRST = ("llama", "gpt2", "gemma", "convnet", "roberta")
+
+
+def slow_but_first(names: Iterable[Any]) -> list[Any]:
+    """The cases of all architectures, most of them for `make test-slow`."""
+    cases = [one if isinstance(one, tuple) else (one,) for one in names]
+    return [
+        pytest.param(*case, marks=[] if case[0] in FIRST else [pytest.mark.slow], id="-".join(case)) for case in cases
+    ]
+
+
 #: What has no place in the files of a base: a bias where there is none, and T5's one embedding for three purposes.
 REFUSED = {
     **{
@@ -65,7 +78,7 @@ def peft_model(model: nn.Module, *folders: Path) -> Any:
     return peft.eval()
 
 
-@pytest.mark.parametrize(("name", "feature"), CASES, ids=[f"{n}-{f}" for n, f in CASES])
+@pytest.mark.parametrize(("name", "feature"), slow_but_first(CASES))
 def test_one_adapter_gives_pefts_output(name: str, feature: str, tmp_path: Path) -> None:
     model = make_model(name)
     base = saved_base(model, tmp_path / "base")
@@ -93,7 +106,7 @@ def test_one_adapter_gives_pefts_output(name: str, feature: str, tmp_path: Path)
     assert far(output(merged, name), unloaded) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", slow_but_first(ARCHITECTURES))
 def test_weighted_stacks_give_pefts_output(name: str, tmp_path: Path) -> None:
     model = make_model(name)
     base = saved_base(model, tmp_path / "base")
