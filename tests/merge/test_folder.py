@@ -17,6 +17,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from lorastack import LoadedLora, LoraStack, load, merge
+from lorastack.core.delta import LoraDelta
 from lorastack.core.factor import Factor
 from lorastack.errors import ArgumentError, FormatError, LoraStackError, NamingError, NonFiniteError, UnsupportedError
 from lorastack.files import OutputError
@@ -408,3 +409,54 @@ def test_errors_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(LoraStackError, match="could not be written, nothing was changed"):
         merge(base, adapters(), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma", "qwen2_vl", "gpt2", "opt", "qwen2"])
+def test_an_embedding_that_was_the_head_too_leaves_the_head_what_it_was(name: str, tmp_path: Path) -> None:
+    model = made(name) if name != "qwen2" else FAMILIES["qwen2"](tie_word_embeddings=True).eval()
+    base = folder_of(model, tmp_path / "base")
+    path, module = next(
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == 64
+    )
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((3, 64), np.float32), rng.standard_normal((module.embedding_dim, 3)).astype(np.float32)
+    lora = LoadedLora.from_tensors({f"{path}.weight": LoraDelta(a, b, kind="embedding")}, naming="hf")
+    with attach(model, lora):
+        live = logits(model)
+    merge(base, lora, tmp_path / "out", verify=True)
+    merged = loaded(name, model, tmp_path / "out")
+    assert far(logits(merged), live) < 1e-5
+    assert far(logits(model), live) > 0.1
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_an_embedding_saved_along_is_compared_with_the_base(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    base, (lora, _) = llama(tmp_path / "base"), adapters(1).entries[0]
+    own = everything(base)["model.embed_tokens.weight"].numpy()
+    other = own.copy()
+    other[40, 7] += 0.5
+    for saved_along, fits in ((own, True), (other, False)):
+        extras = {"base_weight": {"model.embed_tokens.weight": Factor.of(saved_along, "saved")}}
+        if fits:
+            done = merge(base, replace(lora, extras=extras), tmp_path / "out")
+            assert done.changed == 2
+            continue
+        with pytest.raises(
+            NamingError, match=r"differs from the model.s \[64, 32\]: the adapter was trained"
+        ):
+            merge(base, replace(lora, extras=extras), tmp_path / "other")
+
+
+def test_progress_counts_every_byte(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    base = llama(tmp_path / "base")
+    done = merge(base, adapters(), tmp_path / "out", verify=True, progress=lambda *said: seen.append(said))
+    assert list(dict.fromkeys(what for what, _, _ in seen)) == ["estimating", "writing", "verifying"]
+    written = [(count, total) for what, count, total in seen if what == "writing"]
+    assert written == sorted(written)
+    assert written[-1][1] == done.size
+    assert written[-1][0] > 0.9 * done.size

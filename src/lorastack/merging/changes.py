@@ -12,6 +12,7 @@ import numpy as np
 from lorastack.algebra.entries import Entry
 from lorastack.base.fit import misfits
 from lorastack.base.model import BaseModel, Stored
+from lorastack.base.names import convert_names
 from lorastack.core.delta import LoraDelta
 from lorastack.core.factor import Factor
 from lorastack.errors import NamingError, Problems
@@ -54,7 +55,7 @@ class Change:
 
 
 def changes_of(entries: Sequence[Entry], base: BaseModel) -> dict[str, Change]:
-    """Weight -> what the adapters, which fit the base (see `check`), do to it; those at scale 0 do nothing.
+    """Weight -> what the adapters, which fit the base (see `fitted`), do to it; those at scale 0 do nothing.
 
     Raises
     ------
@@ -98,21 +99,21 @@ def changes_of(entries: Sequence[Entry], base: BaseModel) -> dict[str, Change]:
     return changes
 
 
-def check(entries: Sequence[Entry], base: BaseModel) -> None:
-    """NamingError when an adapter does not fit, in one line and at most ten below it."""
-    lines = [f"{one.name}: {line}" for one in entries for line in misfits(one.lora, base)]
+def fitted(entries: Sequence[Entry], base: BaseModel) -> list[Entry]:
+    """The adapters under the base's names; NamingError when one does not fit, in one line and at most ten below."""
+    found: list[Entry] = []
+    lines: list[str] = []
+    for one in entries:
+        misfit = [f"{one.name}: {line}" for line in misfits(one.lora, base)]
+        lines += misfit
+        if not misfit:
+            same = one.lora.naming in (base.naming, "own")
+            found.append(one if same else one._replace(lora=convert_names(one.lora, base, base.naming)))
     if lines:
-        problems = Problems(f"base {base.name} does not fit")
-        for line in lines[:MOST_LINES]:
-            problems.add(line)
-        error = NamingError(f"the stack does not fit base {base.name}: {counted(lines)}", problems.lines)
-        raise error
-
-
-def counted(lines: Sequence[str]) -> str:
-    """How many problems there are, and how many of them follow."""
-    said = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-    return said if len(lines) <= MOST_LINES else f"{said}, of which the first {MOST_LINES} follow"
+        said = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+        said += f", of which the first {MOST_LINES} follow" if len(lines) > MOST_LINES else ""
+        raise NamingError(f"the stack does not fit base {base.name}: {said}", lines[:MOST_LINES])
+    return found
 
 
 def resized(base: BaseModel, entries: Iterable[Entry]) -> tuple[BaseModel, int | None]:

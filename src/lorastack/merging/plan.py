@@ -8,12 +8,10 @@ from typing import NamedTuple
 
 from lorastack.algebra.entries import Entry
 from lorastack.base.model import BaseModel, Part
-from lorastack.base.names import convert_names
-from lorastack.core.adapter import LoadedLora
 from lorastack.core.factor import Factor
 from lorastack.errors import Problems, UnsupportedError
 from lorastack.formats.safetensors_file import SafetensorsFile
-from lorastack.merging.changes import Change, changes_of, check, is_saved, resized
+from lorastack.merging.changes import Change, changes_of, fitted, is_saved, resized
 from lorastack.merging.update import Update, shape_in_file
 from lorastack.ways import SELECT, Way, ways
 
@@ -58,19 +56,17 @@ def plan(entries: Sequence[Entry], base: BaseModel) -> Plan:
         When an adapter does not fit the base: one line, then at most ten.
     """
     _refuse_quantised(base)
-    fitted, vocabulary = resized(_with_a_head(base), entries)
-    entries = [one._replace(lora=_named(one, fitted)) for one in entries]
-    check(entries, fitted)
-    changes = changes_of(entries, fitted)
+    whole, vocabulary = resized(_with_a_head(base), entries)
+    changes = changes_of(fitted(entries, whole), whole)
     problems = Problems(f"base {base.name} cannot be merged into")
     head, embedding = _tie(base)
     added: tuple[Added, ...] = ()
     untied = False
     if embedding and (head in changes or embedding in changes):
-        untied = _untie(changes, fitted, head, embedding, problems)
+        untied = _untie(changes, whole, head, embedding, problems)
         if untied and (place := base.place_of(embedding)):
             change = changes.pop(head, None)
-            update = _updates(head, change, fitted, problems)[0][1] if change else None
+            update = _updates(head, change, whole, problems)[0][1] if change else None
             added = (Added(head, place.parts[0], update),)
     updates: dict[Part, Update] = {}
     for name, change in changes.items():
@@ -81,7 +77,7 @@ def plan(entries: Sequence[Entry], base: BaseModel) -> Plan:
                 f"weight {name} is one tensor with {others or root}, which would change along{ways(_LIVE, SELECT)}"
             )
             continue
-        for part, update in _updates(name, change, fitted, problems):
+        for part, update in _updates(name, change, whole, problems):
             updates[part] = update
     problems.raise_any(UnsupportedError)
     return Plan(base, updates, added, vocabulary, untied)
@@ -95,12 +91,6 @@ def _refuse_quantised(base: BaseModel) -> None:
         raise UnsupportedError(
             f"base {base.name} is quantised ({what}): its packed weights cannot take an update{ways(_FULL, _LIVE)}"
         )
-
-
-def _named(entry: Entry, base: BaseModel) -> LoadedLora:
-    """The adapter under the base's kind of names."""
-    lora = entry.lora
-    return lora if lora.naming in (base.naming, "own") else convert_names(lora, base, base.naming)
 
 
 def _with_a_head(base: BaseModel) -> BaseModel:
