@@ -445,9 +445,7 @@ def test_an_embedding_saved_along_is_compared_with_the_base(tmp_path: Path) -> N
             done = merge(base, replace(lora, extras=extras), tmp_path / "out")
             assert done.changed == 2
             continue
-        with pytest.raises(
-            NamingError, match=r"differs from the model.s \[64, 32\]: the adapter was trained"
-        ):
+        with pytest.raises(NamingError, match=r"differs from the model.s \[64, 32\]: the adapter was trained"):
             merge(base, replace(lora, extras=extras), tmp_path / "other")
 
 

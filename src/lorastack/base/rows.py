@@ -9,13 +9,14 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from lorastack.base.model import Part
+from lorastack.base.scratch import Scratch
 from lorastack.errors import UnsupportedError
 from lorastack.formats.gguf_header import PLAIN
 from lorastack.formats.opened import OpenedFile
 from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile, numpy_dtype
 
-#: Types of GGUF tensors that are floats by themselves, with their names in safetensors.
-_FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64"}
+#: Types of GGUF tensors that are floats by themselves; safetensors calls them so too.
+_FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
 
 
 class Rows:
@@ -53,8 +54,8 @@ class Rows:
         """The bytes of some rows, in memory of their own."""
         return self.file.array(self.start + first * self.row_bytes, (stop - first) * self.row_bytes)
 
-    def read(self, first: int, stop: int, dtype: type = np.float32) -> np.ndarray:
-        """Some rows as numbers, ``[stop - first, columns]``, in float32 or float64.
+    def read(self, first: int, stop: int, dtype: type = np.float32, scratch: Scratch | None = None) -> np.ndarray:
+        """Some rows as numbers, ``[stop - first, columns]``, in float32 or float64; in ``scratch`` where there is some.
 
         Raises
         ------
@@ -63,17 +64,20 @@ class Rows:
         FormatError
             When the file was changed since it was opened, or cannot be read.
         """
-        return self.decoded(self.raw(first, stop), dtype)
-
-    def decoded(self, raw: np.ndarray, dtype: type = np.float32) -> np.ndarray:
-        """Bytes of whole rows of this tensor as numbers."""
-        rows = raw.size // self.row_bytes
-        if isinstance(self.part.file, SafetensorsFile):
-            if self.kind not in FLOATS:
-                raise UnsupportedError(f"{self.file}: tensor {self.part.key} is {self.kind}, no floating-point weight")
-            return raw.view(numpy_dtype(self.kind)).reshape(rows, self.columns).astype(dtype)
-        if self.kind in _FLOATS:
-            return raw.view(numpy_dtype(_FLOATS[self.kind])).reshape(rows, self.columns).astype(dtype)
+        if scratch is None:
+            raw = self.raw(first, stop)
+        else:
+            raw = scratch.array("bytes", ((stop - first) * self.row_bytes,), np.uint8)
+            self.file.fill(raw, self.start + first * self.row_bytes)
+        rows = stop - first
+        floats = self._floats()
+        if floats is not None:
+            stored = raw.view(floats).reshape(rows, self.columns)
+            if scratch is None:
+                return stored.astype(dtype)
+            numbers = scratch.array("rows", (rows, self.columns), dtype)
+            np.copyto(numbers, stored, casting="unsafe")
+            return numbers
         try:
             kind = GGMLQuantizationType[self.kind]
             with np.errstate(all="ignore"):  # a scale of Inf or NaN is the base's own
@@ -83,6 +87,13 @@ class Rows:
                 f"{self.file}: tensor {self.part.key} of type {self.kind} cannot be read: {error}"
             ) from error
         return found.reshape(rows, self.columns).astype(dtype, copy=False)
+
+    def _floats(self) -> np.dtype | None:
+        """NumPy's type for what is stored; None for packed types."""
+        if isinstance(self.part.file, SafetensorsFile) and self.kind not in FLOATS:
+            raise UnsupportedError(f"{self.file}: tensor {self.part.key} is {self.kind}, no floating-point weight")
+        plain = isinstance(self.part.file, SafetensorsFile) or self.kind in _FLOATS
+        return numpy_dtype(self.kind) if plain else None
 
 
 def block_of(kind: str) -> int:

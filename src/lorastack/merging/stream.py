@@ -11,6 +11,7 @@ import numpy as np
 
 from lorastack.base.model import Part
 from lorastack.base.rows import Rows
+from lorastack.base.scratch import Pool, Scratch
 from lorastack.core.dtypes import nonfinite_count
 from lorastack.errors import FormatError
 from lorastack.formats.opened import OpenedFile
@@ -22,6 +23,7 @@ from lorastack.pipeline import ahead
 
 #: Bytes that are copied at once.
 CHUNK = 1 << 23
+_POOL = Pool()
 #: Called with the bytes written since the last call.
 Progress = Callable[[int], None]
 
@@ -48,10 +50,10 @@ class Merging:
         self.wide = np.float64 if how.exact or self.rows.kind == "F64" else np.float32
         self.sum = Sum(update, self.read, self.wide)
 
-    def read(self, matrix: int, first: int, stop: int) -> np.ndarray:
+    def read(self, matrix: int, first: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
         """The base's rows of one matrix."""
         start = matrix * self.update.shape[1]
-        return self.rows.read(start + first, start + stop, self.wide)
+        return self.rows.read(start + first, start + stop, self.wide, scratch)
 
     def rounded(self, at: Block, rows: np.ndarray) -> np.ndarray:
         """Merged rows as the bytes that are written."""
@@ -80,7 +82,8 @@ class Merging:
         return ahead(partial(self._block, at) for at in self.update.blocks())
 
     def _block(self, at: Block) -> np.ndarray:
-        return self.rounded(at, self.sum.new_rows(at))
+        with _POOL.one() as scratch:
+            return self.rounded(at, self.sum.new_rows(at, scratch))
 
     def _refuse_new(self, at: Block, out: np.ndarray) -> None:
         """NaN and Inf that the base has itself stay; others are a sum that the type does not hold."""

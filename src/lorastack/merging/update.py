@@ -19,14 +19,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lorastack.base.scratch import Scratch
 from lorastack.core.delta import LoraDelta, multiplier
 from lorastack.core.factor import Factor
 from lorastack.merging.changes import Term, Tokens
 
 #: Numbers of a block: it is read, changed and written while the processor's cache has it.
-BLOCK = 1 << 20
-#: The base's rows ``[count, columns]`` of one matrix, from this row to that.
-Read = Callable[[int, int, int], np.ndarray]
+BLOCK = 1 << 19
+#: The base's rows ``[count, columns]`` of one matrix, from this row to that, in scratch where there is some.
+Read = Callable[[int, int, int, Scratch | None], np.ndarray]
 
 
 class Block(NamedTuple):
@@ -101,20 +102,23 @@ class Sum:
         tokens = update.tokens
         self._tokens = None if tokens is None else (np.asarray(tokens.ids, np.int64), tokens.rows.take())
 
-    def base_rows(self, at: Block) -> np.ndarray:
+    def base_rows(self, at: Block, scratch: Scratch | None = None) -> np.ndarray:
         """What is started from: the base's rows, or those of the weight that an adapter brings along."""
         if self._replaced is None:
-            return self._read(*at)
+            return self._read(*at, scratch)
         return self._replaced[at.matrix, at.first : at.stop].astype(self.dtype)
 
-    def new_rows(self, at: Block) -> np.ndarray:
-        """The merged rows ``[count, columns]`` of a block, not rounded yet."""
-        rows = self.base_rows(at)
+    def new_rows(self, at: Block, scratch: Scratch | None = None) -> np.ndarray:
+        """The merged rows ``[count, columns]`` of a block, not rounded yet; in ``scratch`` where there is some."""
+        rows = self.base_rows(at, scratch)
         if self.update.terms:
             keep, left, right = self.parts(at, rows)
             if keep is not None:
                 rows *= keep
-            rows += left @ right
+            if scratch is None:
+                rows += left @ right
+            else:
+                rows += np.matmul(left, right, out=scratch.array("delta", rows.shape, self.dtype))
         for times, bias in self.update.added:
             rows += bias.take().reshape(1, -1)[:, : rows.shape[1]].astype(self.dtype) * self.dtype(times)
         if self._tokens is not None:
