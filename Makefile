@@ -33,6 +33,7 @@ bench: $(VENV)/.dev ## Measure against the peers
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python benchmarks/bake.py
 	$(BIN)/python benchmarks/live.py
+	$(BIN)/python benchmarks/merge.py 2 0.5 1
 
 build: $(VENV)/.dev ## Build the wheel into dist/
 	$(PIP) build
