@@ -40,6 +40,7 @@ bench: $(VENV)/.dev ## Measure against the peers
 	$(BIN)/python benchmarks/bake.py
 	$(BIN)/python benchmarks/live.py
 	$(BIN)/python benchmarks/together.py
+	$(BIN)/python benchmarks/merge.py 2 0.5 1
 
 build: $(VENV)/.dev ## Build the wheel into dist/
 	$(PIP) build

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lorastack.errors import LoraStackError as LoraStackError
     from lorastack.errors import LoraStackWarning as LoraStackWarning
     from lorastack.formats import save as save
+    from lorastack.merging import merge as merge
     from lorastack.recipe import load as load
     from lorastack.torch.tune import tune as tune
 
@@ -31,6 +32,7 @@ _HOMES = {
     "TargetModule": "core.target",
     "convert_names": "base",
     "load": "recipe",
+    "merge": "merging",
     "save": "formats",
     "tune": "torch.tune",
 }

@@ -11,6 +11,7 @@ import numpy as np
 from lorastack.base.hint import elsewhere, in_short
 from lorastack.base.model import BaseModel
 from lorastack.base.names import convert_names, tied_in_gguf
+from lorastack.base.rows import Rows
 from lorastack.base.settle import settle
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.extras import KINDS, NEVER_LIVE
@@ -20,6 +21,8 @@ from lorastack.ways import drop_extras, ways
 
 #: An embedding saved along is the base's own where it is as near as rounding to 16 bits leaves it.
 SAME_RTOL, SAME_ATOL = 1e-2, 1e-3
+#: Numbers that are compared at once.
+_BLOCK = 1 << 20
 
 
 def misfits(lora: LoadedLora, base: BaseModel) -> list[str]:
@@ -58,6 +61,22 @@ def same_numbers(saved: np.ndarray, own: np.ndarray) -> bool:
     )
 
 
+def _same_as_stored(saved: Factor, base: BaseModel, name: str) -> bool:
+    """The same of a base in files, a block of rows at a time: an embedding may have gigabytes."""
+    place = base.place_of(name)
+    if place is None or len(place.parts) != 1 or saved.shape != base.shape_of(name):
+        return same_numbers(saved.raw(), base.weight(name))
+    rows = Rows(place.parts[0])
+    if rows.count * rows.columns != math.prod(saved.shape):  # in another size than the files have it
+        return same_numbers(saved.raw(), base.weight(name))
+    array = saved.raw().reshape(rows.count, rows.columns)
+    step = max(1, _BLOCK // max(rows.columns, 1))
+    return all(
+        same_numbers(array[first : first + step], rows.read(first, min(first + step, rows.count)))
+        for first in range(0, rows.count, step)
+    )
+
+
 def _extra(kind: str, values: Mapping[str, Any], lora: LoadedLora, base: BaseModel) -> Iterator[str]:
     """What of one kind of extras does not fit."""
     if kind in NEVER_LIVE:
@@ -77,7 +96,7 @@ def _extra(kind: str, values: Mapping[str, Any], lora: LoadedLora, base: BaseMod
             kind == "base_weight"
             and name in base.stored
             and not base.quantised
-            and not same_numbers(value.raw(), base.weight(name))
+            and not _same_as_stored(value, base, name)
         ):
             yield changed_base(name, value.shape, shape)
 

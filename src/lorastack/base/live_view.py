@@ -91,7 +91,8 @@ class _View:
                 for name in flat:
                     del self.shapes[name], self.stored[name]
                 self.shapes[holder] = whole
-                self.stored[holder] = Stored(files, partial(_stacked, places))
+                tensors = tuple(part for row in places for place in row for part in place.parts)
+                self.stored[holder] = Stored(files, partial(_stacked, places), tensors)
 
     def tie(self, architecture: str | None) -> None:
         """Give tied weights, which a file holds once, each of their names."""

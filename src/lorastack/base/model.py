@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,17 +16,35 @@ from lorastack.base.tables import Rename, live_names
 from lorastack.core.delta import LoraDelta
 from lorastack.core.target import Naming
 from lorastack.errors import FormatError, ShapeError, UnknownNameError, UnsupportedError, shown
+from lorastack.formats.gguf_header import Header
+from lorastack.formats.safetensors_file import SafetensorsFile
 
 #: No model has more blocks, nor more heads in one.
 MAX_LAYERS, MAX_HEADS = 1_000, 65_536
+#: Classes with transformers' Conv1D, and the layers that are.
+_WITH_CONV1D = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer")
+_CONV1D = tuple(f".{layer}.weight" for layer in ("c_attn", "q_attn", "c_proj", "c_fc"))
+#: Classes whose experts are kept ``[E, in, out]``, used through ``bmm``: a square one does not say so.
+_TURNED_EXPERTS = ("GptOssForCausalLM", "GptOssModel", "Llama4ForCausalLM", "Llama4ForConditionalGeneration")
+
+
+class Part(NamedTuple):
+    """One tensor of a base's files, by its name there; `rows.py` reads it."""
+
+    file: SafetensorsFile | Header
+    key: str
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One weight of a base: the files it lies in, several for experts that are kept one by one, and how to read it."""
+    """One weight of a base: the files it lies in, several for experts that are kept one by one, and how to read it.
+
+    ``parts`` are the tensors that it is: one, or for such experts all, expert by expert, gate before up.
+    """
 
     files: tuple[Path, ...]
     read: Callable[[], np.ndarray]
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,8 +189,7 @@ class BaseModel:
         UnsupportedError
             When it is quantised in a way of its own: bitsandbytes, GPTQ, AWQ, FP8 with scales beside it.
         """
-        live = self.__dict__.get("live")
-        place = self.stored.get(name) or (live.stored.get(name) if live else None)
+        place = self.place_of(name)
         if place is None:
             made = "transformers makes it of others when it loads them"
             why = made if self.shape_of(name) is not None else "it has no such weight"
@@ -184,6 +201,11 @@ class BaseModel:
                 "give the model it was made from"
             )
         return place.read()
+
+    def place_of(self, name: str) -> Stored | None:
+        """Where the weight ``name`` lies; None where no file has it as it is, or the base is in memory only."""
+        live = self.__dict__.get("live")
+        return self.stored.get(name) or (live.stored.get(name) if live else None)
 
     def weight_of(self, name: str, delta: LoraDelta) -> np.ndarray:
         """The weight as what ``delta`` adds to: ``[matrices, out, in]``, one matrix but for experts.
@@ -201,12 +223,16 @@ class BaseModel:
         if delta.kind == "conv":
             return array.reshape(1, array.shape[0], -1)
         wide = array if delta.kind == "experts" else array[None]
-        return (
-            wide
-            if wide.shape[1:] == (delta.out_features, delta.in_features)
-            and not (delta.kind == "embedding" or self._is_conv1d(name))
-            else wide.swapaxes(1, 2)
-        )
+        return wide.swapaxes(1, 2) if self.turned(name, delta) else wide
+
+    def turned(self, name: str, delta: LoraDelta) -> bool:
+        """Whether the weight is kept ``[in, out]``: an embedding, GPT-2's ``Conv1D``, the experts of some models."""
+        if delta.kind == "experts":
+            shape = (self.shape_of(name) or ())[-2:]
+            if delta.in_features == delta.out_features:
+                return self.architecture_name in _TURNED_EXPERTS
+            return shape == (delta.in_features, delta.out_features)
+        return delta.kind == "embedding" or (delta.kind == "linear" and self._is_conv1d(name))
 
     def misfit(self, name: str, delta: LoraDelta) -> str | None:
         """Say why ``delta`` is no update of the weight ``name``; None when it is, or its shape cannot be told."""
@@ -231,8 +257,8 @@ class BaseModel:
 
     def _is_conv1d(self, name: str) -> bool:
         """transformers' Conv1D, which only GPT-2 and its kin use for all but the head, keeps its weight [in, out]."""
-        gpt2 = self.naming == "hf" and self.architecture_name in ("GPT2LMHeadModel", "GPT2Model")
-        return gpt2 and name != "lm_head.weight"
+        gpt2 = self.naming == "hf" and (self.architecture_name or "").startswith(_WITH_CONV1D)
+        return gpt2 and name.endswith(_CONV1D)
 
     def _number(self, gguf_key: str, *hf_keys: str, most: int, default: int | None = None) -> int:
         keys = [f"{self.architecture_name}.{gguf_key}"] if self.naming == "gguf" else list(hf_keys)

@@ -11,16 +11,18 @@ import gguf
 import numpy as np
 
 from lorastack.base.live_view import live_view
-from lorastack.base.model import BaseModel, Stored
+from lorastack.base.model import BaseModel, Part, Stored
 from lorastack.errors import FormatError, Problems, UnsupportedError, shown
 from lorastack.files import below, present, read_head
 from lorastack.formats import MAX_VOCABULARY
-from lorastack.formats.gguf import open_reader
+from lorastack.formats.gguf_header import Tensor
+from lorastack.formats.gguf_splits import open_parts, split_stem
 from lorastack.formats.json_object import read_object
 from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
 from lorastack.hub import resolve
 
-_INDEX = "model.safetensors.index.json"
+#: What says which tensor is in which file of a folder.
+INDEX = "model.safetensors.index.json"
 _BASE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf")
 
 
@@ -36,7 +38,7 @@ def open_base(path: str | Path) -> BaseModel:
     where = resolve(given, patterns=_BASE_FILES)
     if where.is_dir() and not present(where / "config.json"):
         files = sorted(path for path in below(where, 1) if path.suffix == ".gguf")
-        if len(files) != 1:
+        if len({split_stem(path.name) for path in files}) != 1:
             raise FormatError(f"base {given}: it has no config.json and {len(files)} .gguf files; name one of them")
         where = files[0]
     if where.is_dir():
@@ -46,26 +48,31 @@ def open_base(path: str | Path) -> BaseModel:
 
 
 def _from_gguf(path: Path, given: str) -> BaseModel:
-    reader = open_reader(path, max_elements=MAX_VOCABULARY)
-    config = {key: f.contents() for key, f in reader.fields.items() if not key.startswith(("GGUF.", "tokenizer."))}
+    parts = open_parts(path, MAX_VOCABULARY)
+    fields = {key: field for part in reversed(parts) for key, field in part.fields.items()}  # the first has them all
+    config = {key: f.contents() for key, f in fields.items() if not key.startswith(("GGUF.", "tokenizer."))}
     if config.get("general.type") == "adapter":
         raise FormatError(f"base {given}: it is an adapter (general.type), give the model it was trained on")
     architecture = config.get("general.architecture")
     if architecture is not None and not isinstance(architecture, str):
         raise FormatError(f"base {given}: key general.architecture is {shown(architecture)}, expected a name")
-    shapes = {t.name: tuple(int(n) for n in reversed(t.shape.tolist())) for t in reader.tensors}
-    stored = {t.name: Stored((path,), partial(_dequantised, t, given)) for t in reader.tensors}
+    shapes = {t.name: t.dims[::-1] for part in parts for t in part.tensors}
+    stored = {
+        t.name: Stored((part.path,), partial(_dequantised, t, given), (Part(part, t.name),))
+        for part in parts
+        for t in part.tensors
+    }
     return BaseModel(given, "gguf", architecture, config, shapes, stored)
 
 
-def _dequantised(tensor: gguf.ReaderTensor, given: str) -> np.ndarray:
+def _dequantised(tensor: Tensor, given: str) -> np.ndarray:
     try:
         with np.errstate(all="ignore"):  # a base may hold NaN and Inf
             array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except (NotImplementedError, ValueError, KeyError) as error:
         kind = tensor.tensor_type.name
         raise UnsupportedError(f"base {given}: tensor {tensor.name} of type {kind} cannot be read: {error}") from error
-    return array.reshape(tuple(int(n) for n in reversed(tensor.shape.tolist())))
+    return array.reshape(tensor.dims[::-1])
 
 
 def _from_folder(folder: Path, given: str) -> BaseModel:
@@ -78,7 +85,7 @@ def _from_folder(folder: Path, given: str) -> BaseModel:
         file = SafetensorsFile(path)
         for name, info in file.tensors.items():
             shapes[name] = () if packed and info[0] not in FLOATS else info[1]
-            stored[name] = Stored((path,), partial(_floats, file, name, given))
+            stored[name] = Stored((path,), partial(_floats, file, name, given), (Part(file, name),))
     _check_index(folder, given, shapes)
     return live_view(given, config, shapes, stored)
 
@@ -101,7 +108,7 @@ def _check_config(config: Mapping[str, Any], given: str) -> None:
 
 def _weight_files(folder: Path, given: str) -> list[Path]:
     """The files that hold the weights: those of the index, the one of the usual name, or all there are."""
-    index, usual = folder / _INDEX, folder / "model.safetensors"
+    index, usual = folder / INDEX, folder / "model.safetensors"
     if present(index):
         names = sorted(set(_weight_map(index, given).values()))
         return [path for name in names if present(path := folder / Path(name).name) and path.is_file()]
@@ -120,7 +127,7 @@ def _floats(file: SafetensorsFile, name: str, given: str) -> np.ndarray:
 
 
 def _check_index(folder: Path, given: str, shapes: Mapping[str, Any]) -> None:
-    index = folder / _INDEX
+    index = folder / INDEX
     if present(index):
         problems = Problems(f"base {given} is incomplete")
         missing = sorted(set(_weight_map(index, given)) - set(shapes))

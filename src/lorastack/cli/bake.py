@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from lorastack.core.target import Naming
 
 
-def _methods() -> list[str]:
+def methods() -> list[str]:
+    """Every method by name, for completion."""
     from lorastack.algebra.method import METHODS
 
     return list(METHODS)
@@ -50,7 +51,7 @@ def bake(
         str,
         typer.Option(
             metavar="METHOD",
-            autocompletion=_methods,
+            autocompletion=methods,
             help="cat, linear, svd, or a rule in a space such as ties@knots; see below.",
         ),
     ] = "cat",

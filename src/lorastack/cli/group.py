@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "bake": ("bake", "bake", "Bake a weighted stack into one adapter, exactly."),
     "compare": ("compare", "compare_command", "Say what adapters do and whether they cancel or pile up."),
     "inspect": ("inspect", "inspect_command", "Say what adapters are: weights, ranks, scaling, and what is odd."),
+    "merge": ("merge", "merge_command", "Merge a weighted stack into its base: a new base that needs no adapters."),
     "report": ("report", "report", "Write one page about adapters and their sum."),
     "resize": ("resize", "resize", "Write an adapter at a lower rank, its error said."),
     "run": ("run", "run", "Continue prompts with a base and a weighted stack of adapters."),

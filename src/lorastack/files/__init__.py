@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorastack.files.output import OutputError, check_output, whole_output
+from lorastack.files.output import MERGE_RECIPE, OutputError, check_output, whole_output
 from lorastack.files.regular import (
     below,
     bytes_in_words,
@@ -18,6 +18,7 @@ from lorastack.files.regular import (
 )
 
 __all__ = [
+    "MERGE_RECIPE",
     "OutputError",
     "below",
     "bytes_in_words",

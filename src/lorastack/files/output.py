@@ -6,19 +6,33 @@ import contextlib
 import logging
 import os
 import stat
+import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lorastack.errors import ArgumentError, LoraStackError, shown
 from lorastack.files.moves import move_new, swap
 from lorastack.files.partials import Partial, partial_beside, sweep
-from lorastack.files.regular import bytes_in_words, kind_of, local, looked_into, reason, status_of
+from lorastack.files.regular import (
+    MAX_ENTRIES,
+    bytes_in_words,
+    kind_of,
+    local,
+    looked_into,
+    read_regular,
+    reason,
+    status_of,
+)
 from lorastack.ways import FORCE, ways
 
 #: What was replaced is said here, at the level INFO; the command shows it.
 LOG = logging.getLogger("lorastack.files")
 #: The files of a folder that holds an adapter and nothing else.
 ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"})
+#: In a folder that a merge wrote: how it was made, with the names of all files that are its own.
+MERGE_RECIPE = "lorastack_merge.toml"
+#: Bytes of such a recipe.
+_MOST = 1 << 24
 #: Folders in which a name is a device, or a process's own.
 _NO_PLACE = ("/dev", "/dev/fd", "/proc", "/sys")
 
@@ -64,7 +78,8 @@ def whole_output(
 def check_output(target: Path, force: bool, sources: Sources = ()) -> None:
     """Refuse an output that exists (without ``force``) or may not be replaced, or whose folder does not exist.
 
-    ``force`` replaces a file, or a folder that holds an adapter and nothing else; never one of ``sources``.
+    ``force`` replaces a file, or a folder that holds an adapter, or what a merge wrote, and nothing else; never one of
+    ``sources``.
     """
     folder = status_of(target.parent, ArgumentError)
     if folder is None or not stat.S_ISDIR(folder.st_mode):
@@ -99,6 +114,8 @@ def _irreplaceable(target: Path, found: os.stat_result) -> str | None:
         with os.scandir(target) as entries:
             files = {entry.name: entry.is_file() for entry in entries}
         others = sorted(name for name, is_file in files.items() if name not in ADAPTER_FILES or not is_file)
+        if MERGE_RECIPE in files and not (others := _foreign_to_merge(target)):
+            return None
         if others:
             return f"holds more than an adapter ({', '.join(map(shown, others[:3]))}{', ...' if others[3:] else ''})"
         return None if not files or "adapter_config.json" in files else "holds no whole adapter"
@@ -106,6 +123,17 @@ def _irreplaceable(target: Path, found: os.stat_result) -> str | None:
     if led_to is not None and not stat.S_ISREG(led_to.st_mode) and not stat.S_ISDIR(led_to.st_mode):
         return f"is {kind_of(led_to.st_mode)}"
     return None
+
+
+def _foreign_to_merge(folder: Path) -> list[str]:
+    """The files in a folder that a merge wrote which it does not name as its own."""
+    try:
+        said = tomllib.loads(read_regular(folder / MERGE_RECIPE, _MOST, ArgumentError).decode())
+        own = said["lorastack"]["files"]
+        there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+        return sorted(set(there[:MAX_ENTRIES]) - set(own)) or (["and more"] if len(there) > MAX_ENTRIES else [])
+    except (ValueError, KeyError, TypeError, LoraStackError):
+        return [MERGE_RECIPE]
 
 
 def _source_of(target: Path, sources: Sources) -> str | Path | None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import struct
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import gguf
@@ -86,6 +88,20 @@ class Header:
     order: str
     fields: dict[str, Field]
     tensors: list[Tensor]
+    version: int = 3
+    alignment: int = 32
+    #: Key -> the bytes of the file that are its name, its type and its value.
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @cached_property
+    def by_name(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    @property
+    def path(self) -> Path:
+        """Where it was read from, for messages."""
+        return getattr(self.source, "path", Path())
 
     @property
     def swapped(self) -> bool:
@@ -157,18 +173,20 @@ def read_header(source: Source, label: str, max_elements: int = MAX_ELEMENTS) ->
         if count > most:
             raise FormatError(f"{label}: {count} {what}, at most {most} are read; no GGUF file needs so many")
     problems = Problems(f"cannot read {label}")
-    header = Header(source, cursor.order, {}, [])
-    alignment = _read_keys(cursor, key_count, max_elements, header.fields, problems)
-    _read_tensors(cursor, tensor_count, alignment, header, problems)
+    header = Header(source, cursor.order, {}, [], version)
+    header.alignment = _read_keys(cursor, key_count, max_elements, header, problems)
+    _read_tensors(cursor, tensor_count, header.alignment, header, problems)
     problems.raise_any(FormatError)
     return header
 
 
-def _read_keys(cursor: _Cursor, count: int, max_elements: int, fields: dict[str, Field], problems: Problems) -> int:
-    """Fill ``fields``; returns the alignment."""
+def _read_keys(cursor: _Cursor, count: int, max_elements: int, header: Header, problems: Problems) -> int:
+    """Fill the header's ``fields`` and ``spans``; returns the alignment."""
+    fields = header.fields
     alignment = 32
     elements = 0
     for _ in range(count):
+        start = cursor.at
         key = cursor.string("a key", _MAX_KEY_NAME)
         if key in fields and len(problems.lines) < MOST_LISTED:
             problems.add(f"key {shown(key)} appears twice")
@@ -202,6 +220,7 @@ def _read_keys(cursor: _Cursor, count: int, max_elements: int, fields: dict[str,
                 problems.add(f"general.alignment is {alignment}, expected a power of two")
                 alignment = 32
         fields[key] = Field(value, types)
+        header.spans[key] = start, cursor.at
     return alignment
 
 

@@ -92,6 +92,11 @@ class OpenedFile(os.PathLike[str]):
             _fill(descriptor, memoryview(out.data), start)
         return out
 
+    def fill(self, room: np.ndarray, start: int) -> None:
+        """The same into an array of bytes that is there already."""
+        with self._descriptor_in_use() as descriptor:
+            _fill(descriptor, memoryview(room.data), start)
+
     def stream(self) -> BinaryIO:
         """For those who read from a stream; each part that they read is checked as `read` does."""
         return cast(BinaryIO, io.BufferedReader(_Stream(self), _CHUNK >> 4))

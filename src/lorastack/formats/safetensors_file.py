@@ -63,6 +63,11 @@ class SafetensorsFile:
         room = size - self._start
         self.tensors: dict[str, Info] = _in_order(header, room) or _checked(header, room, self.path)
 
+    @property
+    def data_start(self) -> int:
+        """The first byte behind the header, from which tensors are counted."""
+        return self._start
+
     def factor(self, name: str, allow_nonfinite: bool = False) -> Factor:
         """The tensor as a `Factor` that reads it from the file into memory of its own."""
         stored, shape, start, stop = self.tensors[name]

@@ -83,14 +83,7 @@ def attach_all(
 ) -> Handle:
     """As `attach`, for adapters of any naming side by side: each is converted to the model's own names."""
     model = unwrapped(model)
-    with_a_stack = set(map(id, ATTACHED))
-    for module in modules_of(model):
-        hooks = module._forward_hooks
-        if id(module) in with_a_stack or (hooks and any(map(_is_ours, hooks.values()))):
-            raise ArgumentError(
-                f"{type(module).__name__} has a stack attached already, or is a copy or a part of one that has; "
-                "change it through its handle, or detach it"
-            )
+    refuse_attached(model)
     handle = Handle(model, dtype, allow_partial)
     handle._assembly.owner = handle
     try:
@@ -101,6 +94,18 @@ def attach_all(
         handle._assembly.clear()
         ATTACHED.pop(model, None)
         raise
+
+
+def refuse_attached(model: nn.Module) -> None:
+    """ArgumentError when the model, a part of it, or what it is a copy of has a stack."""
+    with_a_stack = set(map(id, ATTACHED))
+    for module in modules_of(model):
+        hooks = module._forward_hooks
+        if id(module) in with_a_stack or (hooks and any(map(_is_ours, hooks.values()))):
+            raise ArgumentError(
+                f"{type(module).__name__} has a stack attached already, or is a copy or a part of one that has; "
+                "change it through its handle, or detach it"
+            )
 
 
 def detach(model: nn.Module) -> None:

@@ -1,0 +1,177 @@
+"""Plan: which stored tensors of a base change and by what; where the head is untied; which tensors are new."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from lorastack.algebra.entries import Entry
+from lorastack.base.model import BaseModel, Part
+from lorastack.core.factor import Factor
+from lorastack.errors import Problems, UnsupportedError
+from lorastack.formats.safetensors_file import SafetensorsFile
+from lorastack.merging.changes import Change, changes_of, fitted, is_saved, resized
+from lorastack.merging.update import Update, shape_in_file
+from lorastack.ways import SELECT, Way, ways
+
+#: Quantised in a way of its own -> how people call it.
+_METHODS = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8"}
+_FULL = "merge into the model it was made from, and quantise that"
+_LIVE = Way("attach the stack with lorastack.torch instead", "use the adapters at run time instead")
+#: Models whose head is scaled where it is tied, and only there.
+_SCALED_WHEN_TIED = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+
+
+class Added(NamedTuple):
+    """A tensor that the base's files do not have: a head that was one with the embedding ``like``, and is not now."""
+
+    name: str
+    like: Part
+    update: Update | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge does to the base's files.
+
+    ``updates`` goes by part: every stored tensor that changes. ``vocabulary`` is the new number of tokens, if any.
+    """
+
+    base: BaseModel
+    updates: Mapping[Part, Update]
+    added: tuple[Added, ...] = ()
+    vocabulary: int | None = None
+    untied: bool = False
+
+
+def plan(entries: Sequence[Entry], base: BaseModel) -> Plan:
+    """Find every tensor that the stack changes.
+
+    Raises
+    ------
+    UnsupportedError
+        When the base is quantised in a way of its own, or a weight is not one that can be written.
+    NamingError
+        When an adapter does not fit the base: one line, then at most ten.
+    """
+    _refuse_quantised(base)
+    whole, vocabulary = resized(_with_a_head(base), entries)
+    changes = changes_of(fitted(entries, whole), whole)
+    problems = Problems(f"base {base.name} cannot be merged into")
+    head, embedding = _tie(base)
+    added: tuple[Added, ...] = ()
+    untied = False
+    if embedding and (head in changes or embedding in changes):
+        untied = _untie(changes, whole, head, embedding, problems)
+        if untied and (place := base.place_of(embedding)):
+            change = changes.pop(head, None)
+            update = _updates(head, change, whole, problems)[0][1] if change else None
+            added = (Added(head, place.parts[0], update),)
+    updates: dict[Part, Update] = {}
+    for name, change in changes.items():
+        root = base.tied.get(name, name)
+        if root != name or name in _roots(base, head):
+            others = ", ".join(other for other, of in base.tied.items() if of == root and other != head)
+            problems.add(
+                f"weight {name} is one tensor with {others or root}, which would change along{ways(_LIVE, SELECT)}"
+            )
+            continue
+        for part, update in _updates(name, change, whole, problems):
+            updates[part] = update
+    problems.raise_any(UnsupportedError)
+    return Plan(base, updates, added, vocabulary, untied)
+
+
+def _refuse_quantised(base: BaseModel) -> None:
+    if base.quantised:
+        said = base.config.get("quantization_config")
+        method = said.get("quant_method") if isinstance(said, dict) else None
+        what = _METHODS.get(str(method), str(method or "a way of its own"))
+        raise UnsupportedError(
+            f"base {base.name} is quantised ({what}): its packed weights cannot take an update{ways(_FULL, _LIVE)}"
+        )
+
+
+def _with_a_head(base: BaseModel) -> BaseModel:
+    """A GGUF base without a head of its own, which uses its embedding: with one it can be merged into."""
+    if base.naming != "gguf" or "output.weight" in base.shapes or "token_embd.weight" not in base.shapes:
+        return base
+    shape, place = base.shapes["token_embd.weight"], base.stored["token_embd.weight"]
+    return replace(base, shapes={**base.shapes, "output.weight": shape}, stored={**base.stored, "output.weight": place})
+
+
+def _tie(base: BaseModel) -> tuple[str, str]:
+    """(head, embedding) where the two are one tensor; empty where they are not."""
+    if base.naming == "gguf":
+        tied = "output.weight" not in base.shapes and "token_embd.weight" in base.shapes
+        return ("output.weight", "token_embd.weight") if tied else ("", "")
+    for name, of in base.tied.items():
+        if not name.endswith("embed_tokens.weight"):
+            return name, of
+    return "", ""
+
+
+def _roots(base: BaseModel, head: str) -> set[str]:
+    """Weights that have second names beside the head's: embeddings that two stacks share."""
+    return {of for name, of in base.tied.items() if name != head}
+
+
+def _untie(changes: dict[str, Change], base: BaseModel, head: str, embedding: str, problems: Problems) -> bool:
+    """Whether head and embedding become two tensors; what happens to both alike is noted once, at the embedding."""
+    one, two = changes.get(embedding, Change()), changes.get(head, Change())
+    if one.tokens and not two.tokens:  # trained tokens are those of a tied head too
+        two.tokens = one.tokens
+    if two.replaced is not None and one.replaced is not None and _same(one.replaced, two.replaced):
+        two.replaced = one.replaced
+    if is_saved(base, embedding):  # a resized vocabulary is that of both, whichever was saved
+        one.replaced, two.replaced = one.replaced or two.replaced, two.replaced or one.replaced
+        changes.setdefault(embedding, one)
+    if not one.terms and not two.terms and one.replaced is two.replaced and one.tokens == two.tokens:
+        changes.pop(head, None)
+        return False
+    if base.config.get("model_type") in _SCALED_WHEN_TIED:
+        problems.add(
+            f"weight {embedding} is the head too, which this model scales while they are one{ways(_LIVE, SELECT)}"
+        )
+    if two.terms or two.replaced is not None or two.tokens:
+        changes[head] = two
+    return True
+
+
+def _same(one: Factor, other: Factor) -> bool:
+    return one is other or (one.shape == other.shape and one.raw().tobytes() == other.raw().tobytes())
+
+
+def _updates(name: str, change: Change, base: BaseModel, problems: Problems) -> list[tuple[Part, Update]]:
+    """The stored tensors of one weight, each with its update."""
+    place = base.place_of(name)
+    shape = base.shape_of(name) or ()
+    if place is None or not place.parts:
+        problems.add(f"weight {name} is none of the files' own: transformers makes it of others{ways(_LIVE, SELECT)}")
+        return []
+    said = (tuple(change.terms), change.replaced, change.tokens, tuple(change.added))
+    if len(place.parts) == 1:
+        (part,) = place.parts
+        if why := _unreadable(part):
+            problems.add(f"weight {name} is {why}{ways(_FULL, _LIVE)}")
+        kind = change.terms[0].delta.kind if change.terms else None
+        turned = bool(change.terms) and base.turned(name, change.terms[0].delta)
+        return [(part, Update(name, shape_in_file(shape, kind), turned, *said))]
+    if change.replaced is not None:
+        problems.add(f"weight {name} is kept as {len(place.parts)} tensors, one for each expert; it cannot be replaced")
+    experts, rows, columns = shape
+    members = len(place.parts) // experts
+    half = (1, rows // members, columns)
+    return [
+        (part, Update(name, half, False, *said, expert=n // members, first_out=n % members * half[1]))
+        for n, part in enumerate(place.parts)
+    ]
+
+
+def _unreadable(part: Part) -> str | None:
+    """Why a tensor cannot be merged into."""
+    if isinstance(part.file, SafetensorsFile):
+        stored = part.file.tensors[part.key][0]
+        return None if stored in ("F32", "F16", "BF16", "F64") else f"stored as {stored}"
+    return "in a file of the other byte order" if part.file.swapped else None
