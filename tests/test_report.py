@@ -322,3 +322,18 @@ def test_it_prints_on_paper(browser: list[str], stack: LoraStack, tmp_path: Path
     path, paper = report(stack, tmp_path / "report.html"), tmp_path / "report.pdf"
     subprocess.run([*browser, f"--print-to-pdf={paper}", path.as_uri()], capture_output=True, check=True, timeout=120)
     assert paper.read_bytes().startswith(b"%PDF")
+
+
+def test_what_an_adapter_is_does_not_depend_on_the_order(demo: Path, tmp_path: Path) -> None:
+    words = [str(demo / "excited.gguf"), str(demo / "luna")]
+    said = []
+    for n, order in enumerate((words, words[::-1])):
+        stack = Recipe.of_words(order).stack(base=str(demo / "base"))
+        path = report(stack, tmp_path / f"{n}.html", demo / "base")
+        rows = table(path.read_text(), "adapter")
+        said.append({row["adapter"]: (row["format"], row["trained on"], row["rank"], row["alpha"]) for row in rows})
+    assert said[0] == said[1]
+    for word in words:
+        one = inspect(load(word))
+        assert said[0][one.name][:2] == (one.format, Path(one.base or one.architecture or "").name)
+    assert {one[0] for one in said[0].values()} == {"GGUF", "PEFT"}
