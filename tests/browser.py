@@ -67,17 +67,18 @@ class Browser:
             self.console.append(json.dumps(found["params"]))
         return found
 
-    def open(self, page: Path, width: int = 1400, dark: bool = False, height: int = 900) -> None:
+    def open(self, page: Path, width: int = 1400, dark: bool = False, settle: bool = True) -> None:
         """Show a page on a screen of that width, and wait until it is drawn."""
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", media="", features=scheme)
         self.call("Page.navigate", url=page.resolve().as_uri())
         while self.ask("document.readyState + location.href") != "complete" + page.resolve().as_uri():
             pass
-        self.ask("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+        if settle:
+            self.ask("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
 
     def ask(self, code: str) -> Any:
         """The value of an expression in the page; of a promise, what it comes to."""

@@ -53,8 +53,8 @@ def spectrum(one: AdapterMeasure, names: Sequence[str], grid: Grid) -> Drawing |
 def losses(found: Findings) -> Drawing | str:
     """What a bake loses at every rank, with the foretold ones marked."""
     if found.exact < 3:
-        lost = [f"at rank {rank} {words.percent(found.curve[rank])}" for rank in range(1, found.exact)]
-        return f"A bake loses {', '.join([*lost, f'at rank {found.exact} nothing'])}."
+        lost = "".join(f"A bake at rank 1 loses {words.percent(error)}. " for error in found.curve[1 : found.exact])
+        return f"{lost}A bake at rank {found.exact} loses nothing."
     line = go.Scatter(
         x=list(range(len(found.curve))),
         y=list(found.curve),

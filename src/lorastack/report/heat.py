@@ -27,8 +27,10 @@ def norms(one: AdapterMeasure, names: Sequence[str], grid: Grid, top: float) -> 
     z = norm_cells(one, names, grid)
     known = _known(z, grid)
     if len(known) < 2:
-        share = " of the base's weight" if relative else ", its norm"
-        return f"{written(known[0][0])}{share}, at {known[0][1]}." if known else "It changes nothing."
+        if not known:
+            return "it changes nothing."
+        size = f"{written(known[0][0])} of the base's weight" if relative else f"a norm of {written(known[0][0])}"
+        return f"{size}, at {known[0][1]}."
     (low, least), (high, most) = min(known), max(known)
     said = f"{len(known)} places, from {written(low)} at {least} to {written(high)} at {most}."
     return _cells(grid, z, written, (0.0, top), "sequential", said, ".0%" if relative else "")

@@ -24,6 +24,9 @@ _BEST = 10
 #: On a surface whose colours run from light to dark, marks have a light edge and a dark core.
 _ON_SURFACE = {"color": "#000000", "line": {"width": 1.5, "color": "#ffffff"}}
 
+#: Above the plot, where no title of an axis is.
+_KEY = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+
 
 def landscape(tuned: Tuned) -> str:
     """An HTML page that holds the plotting library too: open it anywhere, without a network.
@@ -73,7 +76,7 @@ def _summary(tuned: Tuned) -> str:
 def _drawn(tuned: Tuned, known: list[Trial]) -> str:
     names, measure = list(tuned.scales), html.escape(tuned.measure)
     title = f"The {measure} over the scales"
-    marks = "The star is the best mixture, the ring the one given."
+    marks = f"The star is the best mixture, the {'large dot' if len(names) == 2 else 'ring'} the one given."
     if len(names) == 1:
         return section(title, marks, alone(names[0], _over(tuned, known, names[0])))
     if len(names) == 2:
@@ -119,7 +122,7 @@ def _over(tuned: Tuned, known: list[Trial], name: str) -> Drawing | str:
     marks = [_mark(tuned.scales[name], tuned.score, "best", "star", meta=5)]
     if math.isfinite(tuned.equal):
         marks.insert(0, _mark(given, tuned.equal, "as given", "circle-open", meta=5))
-    plot = framed([dots, *marks], 320, showlegend=True, legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
+    plot = framed([dots, *marks], 320, showlegend=True, legend=_KEY)
     plot.update_xaxes(title=f"scale of {label(name)}")
     plot.update_yaxes(title=label(tuned.measure))
     low, high = min(y), max(y)
@@ -170,8 +173,7 @@ def _contour(tuned: Tuned, known: list[Trial]) -> Drawing | str:
         name="trials",
     )
     marks = [_mark(given[0], given[1], "as given", "circle"), _mark(best[0], best[1], "best", "star")]
-    legend = {"orientation": "h", "y": -0.16, "yanchor": "top"}
-    plot = framed([surface, dots, *marks], 440, showlegend=True, legend=legend)
+    plot = framed([surface, dots, *marks], 440, showlegend=True, legend=_KEY)
     plot.update_xaxes(title=f"scale of {labels[0]}")
     plot.update_yaxes(title=f"scale of {labels[1]}")
     said = (

@@ -70,4 +70,4 @@ def title_of(entries: list[tuple[str, float]]) -> str:
 
 
 def _written(entries: list[tuple[str, float]]) -> str:
-    return " + ".join(f"{name}:{scale:g}" for name, scale in entries)
+    return " + ".join(f"{name}:{scale:.4g}" for name, scale in entries)

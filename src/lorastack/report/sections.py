@@ -284,7 +284,7 @@ def _bakes(found: Findings) -> str:
         )
     curve = alone("Relative error", curves.losses(found))
     if len(found.bakes) == 1:
-        size = f"<p>At rank {found.exact} it has {found.bakes[0].parameters:,} parameters.</p>"
+        size = f"<p>A file of rank {found.exact} has {found.bakes[0].parameters:,} parameters.</p>"
     else:
         size = table("What a bake loses", columns, [cells(bake) for bake in found.bakes])
     return section("What a bake would lose", said, curve, size)
