@@ -8,12 +8,16 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import lacking
+
+#: Seconds that a page may take to load, on a busy machine.
+_LONGEST = 120
 
 
 def words(profile: Path) -> list[str]:
@@ -75,8 +79,9 @@ class Browser:
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", media="", features=scheme)
         self.call("Page.navigate", url=page.resolve().as_uri())
+        end = time.monotonic() + _LONGEST
         while self.ask("document.readyState + location.href") != "complete" + page.resolve().as_uri():
-            pass
+            assert time.monotonic() < end, f"{page} is not loaded"
         if settle:
             self.ask("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
 

@@ -63,8 +63,8 @@ def _summary(tuned: Tuned) -> str:
     said = (
         f"Of {count(len(tuned.trials), 'mixture')} that were tried this one has the "
         f"{'lowest' if tuned.direction == 'minimize' else 'highest'} {html.escape(tuned.measure)}: "
-        f"{number(tuned.score, 4)}. The scales as given have {number(tuned.equal, 4)}, the base alone "
-        f"{number(tuned.base, 4)}."
+        f"{number(tuned.score, 5)}. The scales as given have {number(tuned.equal, 5)}, the base alone "
+        f"{number(tuned.base, 5)}."
     )
     if tuned.failed:
         said += f" {tuned.failed} of {len(tuned.trials)} trials failed: they have no finite score."
