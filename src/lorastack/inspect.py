@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,16 +60,18 @@ class Inspection:
 def inspect(lora: LoadedLora, base: BaseModel | None = None) -> Inspection:
     """Read the whole adapter once and say what it is; with a base, also what would not fit.
 
-    NaN and Inf are reported, not raised.
+    NaN and Inf are reported, not raised. Of an adapter whose names were converted, format, base and what is odd are
+    those of the file that it came from, not of what it became.
     """
+    naming, metadata = lora.as_loaded or (lora.naming, lora.metadata)
     deltas = lora.adapters
     factors = [factor for delta in deltas.values() for factor in delta.factors]
     return Inspection(
         name=lora.name,
         path=str(lora.source) if lora.source else None,
-        format={"gguf": "GGUF", "hf": "PEFT"}.get(lora.naming, "in memory") if lora.source else "in memory",
-        base=_text(lora.metadata.get("base_model_name_or_path")),
-        architecture=_text(lora.metadata.get("general.architecture")),
+        format={"gguf": "GGUF", "hf": "PEFT"}.get(naming, "in memory") if lora.source else "in memory",
+        base=_text(metadata.get("base_model_name_or_path")),
+        architecture=_text(metadata.get("general.architecture")),
         weights=len(deltas),
         modules=list(dict.fromkeys(name.removesuffix(".weight").rpartition(".")[2] for name in deltas)),
         ranks=sorted({delta.rank for delta in deltas.values()}),
@@ -78,9 +81,9 @@ def inspect(lora: LoadedLora, base: BaseModel | None = None) -> Inspection:
         parameters=sum(math.prod(factor.shape) for factor in factors),
         size=sum(file.size for file in lora.opened) if lora.opened else None,
         extras={kind: len(values) for kind, values in lora.extras.items()},
-        odd=_odd(lora),
+        odd=_odd(lora, metadata),
         misfits=None if base is None else misfits(lora, base),
-        recipe=_text(lora.metadata.get("lorastack.recipe")),
+        recipe=_text(metadata.get("lorastack.recipe")),
     )
 
 
@@ -89,10 +92,10 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None if not value else shown(value)
 
 
-def _odd(lora: LoadedLora) -> list[str]:
-    found = list(lora.metadata.get(NOTES_KEY, ()))
+def _odd(lora: LoadedLora, metadata: Mapping[str, Any]) -> list[str]:
+    found = list(metadata.get(NOTES_KEY, ()))
     for field, usual in _USUAL.items():
-        value = lora.metadata.get(field)
+        value = metadata.get(field)
         if value not in usual:
             found.append(f"{field} is {_text(value) or shown(value)}"[:140])
     for kind, values in lora.extras.items():

@@ -20,11 +20,11 @@ import lorastack
 from lorastack import LoadedLora, LoraStack, load
 from lorastack.cli import main
 from lorastack.errors import ArgumentError, MissingDependencyError
-from lorastack.report.landscape import _surface, landscape
+from lorastack.report.landscape import landscape
 from lorastack.torch import Tuned, attach, tune
 from lorastack.torch.generate import load_base
 from lorastack.torch.perplexity import Perplexity
-from lorastack.torch.search import Search, Trial
+from lorastack.torch.search import Search
 from tests.conftest import ROOT
 
 TEXTS = (ROOT / "tests" / "fixtures" / "zara_excited.txt").read_text().splitlines()
@@ -281,50 +281,9 @@ def test_a_missing_library_gives_the_install_line(pair: LoraStack, monkeypatch: 
         tune(Stories(), pair, closeness)
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     monkeypatch.delitem(sys.modules, "lorastack.report.landscape")
+    monkeypatch.delitem(sys.modules, "lorastack.report.figures")
     with pytest.raises(MissingDependencyError, match=r"pip install 'lorastack\[report\]'"):
         importlib.import_module("lorastack.report.landscape")
-
-
-# The page
-
-
-def test_the_surface_goes_through_the_trials_and_follows_between_them() -> None:
-    rng = np.random.default_rng(0)
-    points = np.concatenate([rng.uniform(-0.5, 1.5, (60, 2)), [[-0.5, -0.5], [1.5, 1.5], [-0.5, 1.5], [1.5, -0.5]]])
-
-    def height(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return (x - 1.2) ** 2 + 2 * (y - 0.5) ** 2 + x * y
-
-    scores = height(*points.T)
-    at = _surface(points, scores, [np.sort(points[:, 0]), np.sort(points[:, 1])])
-    x, y = (np.sort(column) for column in points.T)
-    np.testing.assert_allclose(at, height(x[None], y[:, None]), atol=0.15)
-    order = [np.argsort(np.argsort(column)) for column in points.T]
-    np.testing.assert_allclose(at[order[1], order[0]], scores, atol=1e-6)
-
-
-@pytest.mark.parametrize(("names", "kind"), [("a", "scatter"), ("ab", "contour"), ("abc", "parcoords")])
-def test_the_page_is_whole_and_fetches_nothing(names: str, kind: str) -> None:
-    rng = np.random.default_rng(0)
-    wild = ["<script>alert(1)</script>" + name for name in names]
-    trials = tuple(
-        Trial(dict(zip(wild, map(float, row), strict=True)), float(row.sum()))
-        for row in rng.uniform(size=(9, len(wild)))
-    )
-    page = landscape(Tuned((), trials[2].scales, trials[2].score, 1.0, 0.0, trials, "maximize", "score"))
-    data = page[page.rindex("Plotly.newPlot") :]
-    assert f'"type":"{kind}"' in data
-    assert "alert(1)" in data
-    assert "<script>alert" not in page
-    assert '<script src="http' not in page
-    if names != "abc":
-        assert '"name":"best"' in data
-        assert '"name":"as given"' in data
-
-
-def test_a_page_of_very_few_or_equal_trials_is_drawn() -> None:
-    trials = (Trial({"a": 1.0, "b": 1.0}, 2.0), Trial({"a": 0.0, "b": 0.0}, 2.0))
-    assert '"type":"contour"' in landscape(Tuned((), trials[0].scales, 2.0, 2.0, 2.0, trials, "minimize", "score"))
 
 
 # The command

@@ -15,7 +15,7 @@ from lorastack.algebra.entries import Entry, check_fit, entries_of, weights_of
 from lorastack.algebra.intruders import IntruderSearch
 from lorastack.algebra.lowrank import Matrix, flat_shape, matrices
 from lorastack.algebra.measure import AdapterMeasure, WeightMeasure, measure_adapter, measure_weight
-from lorastack.algebra.pairs import FEW, NUMBERS, Pairs, Sums, pairs_of, plain, stacked, sums_of
+from lorastack.algebra.pairs import FEW, NUMBERS, Pairs, Sums, independent_pileup, pairs_of, plain, stacked, sums_of
 from lorastack.algebra.signs import sign_counts
 from lorastack.algebra.span import Span, principal_angles, span
 from lorastack.base import BaseModel, convert_names, open_base
@@ -82,6 +82,11 @@ class Comparison(Pairs):
         """The adapters' names, each once."""
         return tuple(one.name for one in self.adapters)
 
+    @property
+    def independent_pileup(self) -> float:
+        """What ``total_pileup`` would be of adapters of these norms that have nothing to do with each other."""
+        return independent_pileup(one.norm for one in self.adapters)
+
     def to_dict(self, by_weight: bool = False) -> dict[str, Any]:
         """Plain types, for JSON: adapters and pairs; with ``by_weight`` the numbers of pairs by weight too."""
         names = self.names
@@ -99,6 +104,7 @@ class Comparison(Pairs):
             "pairs": pairs,
             "norm": self.norm,
             "total_pileup": plain(self.total_pileup),
+            "independent_pileup": plain(self.independent_pileup),
             "near_duplicates": [one._asdict() for one in self.near_duplicates],
             "signs_exact": self.signs_exact,
             "sign_entries": self.sign_entries,

@@ -8,7 +8,7 @@ ranks in all, and no out x in matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -139,6 +139,16 @@ def pairs_of(sums: Sums) -> Pairs:
 def stacked(each: Sequence[Pairs]) -> Pairs:
     """The pairs of several weights as one, ``[weights, N, N]``."""
     return Pairs(**{name: np.stack([getattr(one, name) for one in each]) for name in NUMBERS})
+
+
+def independent_pileup(norms: Iterable[float]) -> float:
+    """The norm of a sum over the sum of the norms, if all were orthogonal to each other; NaN when all are zero.
+
+    >>> f"{independent_pileup([1.0, 1.0]):.3f}, {independent_pileup([3.0, 4.0, 0.0]):.3f}"
+    '0.707, 0.714'
+    """
+    lengths = list(norms)
+    return math.hypot(*lengths) / sum(lengths) if any(lengths) else math.nan
 
 
 def plain(value: Any) -> float | None:

@@ -82,6 +82,8 @@ def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = N
         metadata=MappingProxyType(metadata),
         naming=to,
         history=(*lora.history, ("names", to)),
+        # What the file says of itself stays known; a plain dict, which can be pickled.
+        as_loaded=lora.as_loaded or (lora.naming, dict(lora.metadata)),
     )
 
 

@@ -110,7 +110,11 @@ def _print(found: Comparison, by_weight: bool) -> None:
     if len(found.names) > 1:
         # Where names are too wide, pairs go by the numbers that stand before the names in the matrix.
         show(_pairs(found), shorter=_pairs(found, numbered=True) if len(found.names) > 2 else None)
-        console.print(f"all together: norm {found.norm:.4g}, {_number(found.total_pileup)} of the sum of their norms")
+        alone = _number(found.independent_pileup)
+        console.print(
+            f"all together: norm {found.norm:.4g}, {_number(found.total_pileup)} of the sum of their norms "
+            f"({alone} if they were independent)"
+        )
     if not found.signs_exact:
         console.print(f"signs were compared at a sample of {found.sign_entries:,} entries; --all-signs looks at all")
     for one in found.near_duplicates:

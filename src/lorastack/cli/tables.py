@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorastack.cli.console import plain
+from lorastack.decimals import fixed as fixed
 
 #: Wider than any table: where nobody looks, nothing is wrapped.
 _UNBOUNDED = 1 << 20
@@ -60,16 +61,6 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     plain_names = {name: name.removesuffix(".weight") for name in names}
     short = {name: _LAYER.sub(r"L\1.\2", own) for name, own in plain_names.items()}
     return short if len(set(short.values())) == len(names) else plain_names
-
-
-def fixed(value: float, digits: int) -> str:
-    """A number with so many digits; nothing that rounds to zero has a sign.
-
-    >>> fixed(-0.0004, 3), fixed(-0.0006, 3)
-    ('0.000', '-0.001')
-    """
-    text = f"{value:.{digits}f}"
-    return text.lstrip("-") if not text.strip("-0.") else text
 
 
 def show(grid: Grid, turned_first: bool = False, shorter: Grid | None = None) -> None:

@@ -93,6 +93,8 @@ class LoadedLora:
     origin: tuple[tuple[LoadedLora, float], ...] = ()
     #: How it was baked where that is not the plain sum: method, settings, ranks and errors.
     made: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    #: Where names were converted since it was loaded: the kind and the metadata that its file has.
+    as_loaded: tuple[Naming, Mapping[str, Any]] | None = None
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> LoadedLora:

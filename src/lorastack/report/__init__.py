@@ -75,8 +75,10 @@ def report(
     check_output(path, force, sources)  # before the work, not after it
     from lorastack.report.findings import find
     from lorastack.report.page import page
+    from lorastack.report.sections import sections
 
-    text = page(find(stack, base, intruders, progress, path.parent, allow_mixed_bases))
+    found = find(stack, base, intruders, progress, path.parent, allow_mixed_bases)
+    text = page([(one.name, one.scale) for one in found.comparison.adapters], "LoRA report", sections(found))
     with whole_output(path, force, sources=sources) as scratch:
         scratch.write_text(text, "utf-8")
     return path

@@ -20,7 +20,7 @@ from lorastack.inspect import Inspection, inspect
 from lorastack.recipe import Recipe
 from lorastack.report.places import Grid, grid
 
-#: The ranks that a bake is foretold at.
+#: The ranks that a bake is foretold at, as far as they are below the sum's own.
 RANKS = (8, 16, 32, 64)
 
 
@@ -42,7 +42,7 @@ class Findings:
     Attributes
     ----------
     bakes
-        The losses at `RANKS`.
+        The losses at those of `RANKS` that are below ``exact``, and there.
     curve
         The relative error at every rank from 0 up to ``exact``.
     exact
@@ -117,4 +117,4 @@ def _losses(stack: LoraStack, step: Callable[[], None]) -> tuple[tuple[float, ..
         return BakeLoss(rank, overall(at), worst, at[worst].error, size)
 
     curve = tuple(loss(rank).error for rank in range(exact + 1))
-    return curve, tuple(loss(rank) for rank in RANKS), exact
+    return curve, tuple(loss(rank) for rank in (*(rank for rank in RANKS if rank < exact), exact)), exact

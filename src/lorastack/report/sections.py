@@ -5,17 +5,19 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lorastack.algebra.compare import MATTERS
 from lorastack.algebra.measure import AdapterMeasure
+from lorastack.algebra.pairs import independent_pileup
 from lorastack.inspect import Inspection
-from lorastack.report import figures, words
+from lorastack.report import curves, heat, words
+from lorastack.report.figures import Drawing
 from lorastack.report.findings import BakeLoss, Findings
+from lorastack.report.parts import alone, gallery, listing, section, table
 from lorastack.report.places import split
-from lorastack.report.words import count, few, number, of_cosine, of_error, of_overlap, percent
+from lorastack.report.words import count, few, number, of_cosine, of_error, of_overlap, of_pileup, percent
 
 #: So many adapters, pairs and weights are shown one by one; the page says when there are more.
 _MOST = 8
@@ -53,21 +55,19 @@ def _summary(found: Findings) -> str:
         said.append(
             f" Added at these scales, their sum has the norm {number(comparison.norm)}, "
             f"{percent(comparison.total_pileup)} of what their norms add up to "
-            f"({percent(1 / math.sqrt(many))} if they were independent and alike)."
+            f"({percent(comparison.independent_pileup)} if they were independent)."
         )
         first = _pairs(found)[0]
         both = f"{_name(found, first.i)} and {_name(found, first.j)}"
         which = "" if many == 2 else "The pair that matters most: "
         said.append(f" {which}{both} have a cosine of {words.cosine(first.cosine)}: {of_cosine(first.cosine)}.")
         said.append(_by_weight(found, first))
-    bake = next((one for one in found.bakes if one.error < 0.01), None)
-    if bake and bake.error < 1e-6:
-        said.append(f" A bake into one adapter of rank {found.exact} loses nothing.")
-    elif bake:
+    lossy = [one for one in found.bakes if one.rank < found.exact]
+    if lossy:
+        bake = next((one for one in lossy if one.error < 0.01), lossy[-1])
         said.append(f" A bake at rank {bake.rank} loses {percent(bake.error)} of it; rank {found.exact} loses nothing.")
     else:
-        last = found.bakes[-1]
-        said.append(f" A bake at rank {last.rank} loses {percent(last.error)} of it; rank {found.exact} loses nothing.")
+        said.append(f" A bake into one adapter of rank {found.exact} loses nothing.")
     notes = [
         f"{_name(found, n)}: not in any number here: {_text(line)}"
         for n, one in enumerate(comparison.adapters)
@@ -78,7 +78,7 @@ def _summary(found: Findings) -> str:
         f"{number(1 + ratio)}, does the same"
         for a, b, cosine, ratio in comparison.near_duplicates
     ]
-    return f'<p class="lead">{"".join(said)}</p>' + _list(notes)
+    return f'<p class="lead">{"".join(said)}</p>' + listing(notes)
 
 
 def _by_weight(found: Findings, pair: Pair) -> str:
@@ -121,7 +121,7 @@ def _adapters(found: Findings) -> str:
         for line in one.odd
         if line not in measured.left_out
     ]
-    return _section("The adapters", said, _table(columns, rows), _list(odd))
+    return section("The adapters", said, table("What each adapter is", columns, rows), listing(odd))
 
 
 def _row(one: Inspection, measured: AdapterMeasure, with_base: bool, searched: bool) -> list[str]:
@@ -155,29 +155,29 @@ def _places(found: Findings) -> str:
     comparison, grid = found.comparison, found.grid
     shown = _strongest(found)
     relative = comparison.adapters[0].relative is not None
-    top = figures.norm_top([comparison.adapters[n] for n in shown], comparison.weights, grid)
-    drawn = [
-        _figure(_name(found, n), figures.norms(comparison.adapters[n], comparison.weights, grid, top)) for n in shown
-    ]
+    top = heat.norm_top([comparison.adapters[n] for n in shown], comparison.weights, grid)
+    drawn = [(comparison.names[n], heat.norms(comparison.adapters[n], comparison.weights, grid, top)) for n in shown]
     what = "as a share of the norm of the base's weight" if relative else "its Frobenius norm, at its scale"
-    said = f"The size of the update at each module and layer, {what}; one colour scale for all."
-    return _section(
-        "Where they change the model", said + " Empty places are not touched." + _more(found, len(shown)), _grid(drawn)
-    )
+    said = f"The size of the update at each module and layer, {what}."
+    if any(isinstance(one, Drawing) for _, one in drawn):
+        said += " One colour scale for all; empty places are not touched."
+    return section("Where they change the model", said + _more(found, len(shown)), gallery(drawn))
 
 
 def _spectra(found: Findings) -> str:
     shown = _strongest(found)
+    comparison = found.comparison
     drawn = [
-        _figure(_name(found, n), figures.spectrum(found.comparison.adapters[n], found.comparison.weights, found.grid))
-        for n in shown
+        (comparison.names[n], curves.spectrum(comparison.adapters[n], comparison.weights, found.grid)) for n in shown
     ]
-    said = (
-        "The singular values of the updates, the largest first, on a logarithmic scale; the root mean square over the "
-        "layers. A line that falls steeply uses few directions and loses little at a lower rank; a flat one needs "
-        "all it has."
-    )
-    return _section("Spectra", said + _more(found, len(shown)), _grid(drawn))
+    said = "The singular values of the updates, the root mean square over the layers."
+    if any(isinstance(one, Drawing) for _, one in drawn):
+        said = (
+            "The singular values of the updates, the largest first, on a logarithmic scale; the root mean square over "
+            "the layers. A line that falls steeply uses few directions and loses little at a lower rank; a flat one "
+            "needs all it has."
+        )
+    return section("Spectra", said + _more(found, len(shown)), gallery(drawn))
 
 
 def _similarity(found: Findings) -> str:
@@ -190,7 +190,7 @@ def _similarity(found: Findings) -> str:
                 f"{comparison.names[i]} + {comparison.names[j]}",
                 words.cosine(cosine),
                 of_cosine(cosine),
-                percent(comparison.pileup[i, j]),
+                of_pileup(comparison.pileup[i, j], _independent(found, i, j)),
                 of_overlap(comparison.in_overlap[i, j], comparison.in_chance[i, j]),
                 of_overlap(comparison.out_overlap[i, j], comparison.out_chance[i, j]),
                 percent(comparison.sign_conflict[i, j]),
@@ -204,13 +204,15 @@ def _similarity(found: Findings) -> str:
     if len(pairs) > _MOST:
         said += f" The {_MOST} pairs of {len(pairs)} with the largest cosines are listed."
     legend = (
-        "Norm kept: the norm of the sum over the sum of the norms; 71 % when independent and alike, less where they "
-        "cancel. Signs differ: of the entries that both change; independent updates have 50 %."
+        "Norm kept: the norm of the sum over the sum of the norms, and what it would be for these norms if the two "
+        "were independent; less where they cancel. Signs differ: of the entries that both change; independent updates "
+        "have 50 %."
     )
     if not comparison.signs_exact:
         legend += f" Signs were compared at {comparison.sign_entries:,} entries."
-    matrix = f'<div class="narrow">{_figure("Cosine", figures.similarity(comparison))}</div>'
-    return _section("How alike they are", said, matrix, _table(columns, rows), f'<p class="soft">{legend}</p>')
+    matrix = alone("Cosine", heat.similarity(comparison))
+    pairs_table = table("Pairs of adapters", columns, rows)
+    return section("How alike they are", said, matrix, pairs_table, f'<p class="soft">{legend}</p>')
 
 
 def _conflicts(found: Findings) -> str:
@@ -218,7 +220,7 @@ def _conflicts(found: Findings) -> str:
     by_weight = comparison.by_weight
     title = "Where they conflict"
     if by_weight is None:
-        return _section(title, "With so many adapters, pairs are compared over all weights only.")
+        return section(title, "With so many adapters, pairs are compared over all weights only.")
     cancelling = sorted(
         (float(by_weight.cosine[n, i, j]), weight, i, j)
         for n, weight in enumerate(comparison.weights)
@@ -232,7 +234,7 @@ def _conflicts(found: Findings) -> str:
             f"{comparison.names[i]} + {comparison.names[j]}",
             words.cosine(cosine),
             of_cosine(cosine),
-            percent(by_weight.pileup[at[weight], i, j]),
+            of_pileup(by_weight.pileup[at[weight], i, j], _independent(found, i, j, weight)),
             percent(by_weight.sign_conflict[at[weight], i, j]),
         ]
         for cosine, weight, i, j in cancelling[:_MOST]
@@ -251,14 +253,15 @@ def _conflicts(found: Findings) -> str:
     # One scale for all; not narrower than what is worth a look, so that noise does not glow.
     top = max([0.3, *(float(abs(c)) for one in numbers for c in one if math.isfinite(c))])
     drawn = [
-        _figure(f"{_name(found, i)} and {_name(found, j)}", figures.cosines(one, grid, top))
+        (f"{comparison.names[i]} and {comparison.names[j]}", heat.cosines(one, grid, top))
         for (i, j, _), one in zip(pairs, numbers, strict=False)
     ]
     if len(pairs) > _MOST:
         said += f" The {_MOST} most alike or most opposed pairs of {len(pairs)} are shown."
     columns = ["weight", "pair", "cosine", "in words", "norm kept", "signs differ"]
-    said = f"The cosine at each module and layer: blue piles up, red cancels. {said}"
-    return _section(title, said, _grid(drawn), _table(columns, rows) if rows else "")
+    colours = ": blue piles up, red cancels" if any(isinstance(one, Drawing) for _, one in drawn) else ""
+    said = f"The cosine at each module and layer{colours}. {said}"
+    return section(title, said, gallery(drawn), table("Weights that cancel", columns, rows) if rows else "")
 
 
 def _bakes(found: Findings) -> str:
@@ -272,14 +275,19 @@ def _bakes(found: Findings) -> str:
     whole = "the sum" if len(found.adapters) > 1 else "the adapter"
     said = (
         f"The norm of the difference between {whole} and its best approximation at a rank, over the norm of {whole}. "
-        f"Every weight gets that rank. From rank {found.exact} on nothing is lost."
+        f"Every weight gets that rank. {whole[0].upper()}{whole[1:]} has rank {found.exact}: from there on nothing is "
+        "lost."
     )
     if any(one.left_out for one in found.comparison.adapters):
         said += (
             " What is not low-rank is not in it: <code>bake</code> leaves it out only with <code>--drop-extras</code>."
         )
-    curve = f'<div class="narrow">{_figure("Relative error", figures.losses(found))}</div>'
-    return _section("What a bake would lose", said, curve, _table(columns, [cells(bake) for bake in found.bakes]))
+    curve = alone("Relative error", curves.losses(found))
+    if len(found.bakes) == 1:
+        size = f"<p>A file of rank {found.exact} has {found.bakes[0].parameters:,} parameters.</p>"
+    else:
+        size = table("What a bake loses", columns, [cells(bake) for bake in found.bakes])
+    return section("What a bake would lose", said, curve, size)
 
 
 def _recipe(found: Findings) -> str:
@@ -287,8 +295,8 @@ def _recipe(found: Findings) -> str:
         "The recipe: save it as <code>recipe.toml</code>; every <code>lorastack</code> command takes it as an adapter, "
         "and refuses files that are not these."
     )
-    text = f"<details><summary>Recipe (TOML)</summary><pre>{_text(found.recipe)}</pre></details>"
-    return _section("How to make it", said, text)
+    text = f'<details class="paper"><summary>Recipe (TOML)</summary><pre>{_text(found.recipe)}</pre></details>'
+    return section("How to make it", said, text)
 
 
 def _short(weight: str) -> str:
@@ -310,43 +318,17 @@ def _strongest(found: Findings) -> list[int]:
     return sorted(sorted(range(len(adapters)), key=lambda n: -adapters[n].norm)[:_MOST])
 
 
+def _independent(found: Findings, i: int, j: int, weight: str | None = None) -> float:
+    """What two adapters would keep of their norms if they were independent, over all weights or at one."""
+    pair = (found.comparison.adapters[i], found.comparison.adapters[j])
+    if weight is None:
+        return independent_pileup(one.norm for one in pair)
+    return independent_pileup(at.norm for one in pair for at in one.weights if at.name == weight)
+
+
 def _more(found: Findings, shown: int) -> str:
     return f" The {shown} strongest of {len(found.adapters)} are shown." if shown < len(found.adapters) else ""
 
 
 def _name(found: Findings, n: int) -> str:
     return _text(found.comparison.names[n])
-
-
-def _figure(title: str, figure: Any) -> str:
-    # In a script element only "</" and "<!--" could end or hide it; JSON may write any "<" as an escape.
-    data = figure.to_json().replace("<", "\\u003c")
-    height = figure.layout.height
-    return (
-        f'<figure><h3>{title}</h3><div class="plot" style="height:{height}px"></div>'
-        f'<script type="application/json" class="figure">{data}</script></figure>'
-    )
-
-
-def _section(title: str, said: str, *parts: str) -> str:
-    return f'<section><h2>{title}</h2><p class="soft">{said}</p>{"".join(parts)}</section>'
-
-
-def _grid(drawn: Iterable[str]) -> str:
-    return f'<div class="grid">{"".join(drawn)}</div>'
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def cells(row: Sequence[str]) -> Iterator[str]:
-        yield f'<th scope="row">{_text(row[0])}</th>'
-        for column, cell in zip(columns[1:], row[1:], strict=True):
-            yield f'<td data-label="{_text(column)}">{_text(cell)}</td>'
-
-    head = "".join(f'<th scope="col">{_text(column)}</th>' for column in columns)
-    body = "".join(f"<tr>{''.join(cells(row))}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _list(lines: Sequence[str]) -> str:
-    """Lines that are HTML already."""
-    return f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>" if lines else ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from lorastack.decimals import fixed
+
 
 def of_cosine(cosine: float) -> str:
     """What it means for the sum of two adapters.
@@ -33,7 +35,7 @@ def cosine(value: float) -> str:
     >>> cosine(0.934), cosine(-0.5), cosine(-0.001), cosine(float("nan"))
     ('0.93', '−0.50', '0.00', '–')
     """
-    return "–" if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+    return "–" if math.isnan(value) else fixed(value, 2).replace("-", "−")
 
 
 def of_overlap(overlap: float, chance: float) -> str:
@@ -43,6 +45,15 @@ def of_overlap(overlap: float, chance: float) -> str:
     ('0.21 (chance 0.12)', '–')
     """
     return "–" if math.isnan(overlap) else f"{overlap:.2f} (chance {chance:.2f})"
+
+
+def of_pileup(kept: float, independent: float) -> str:
+    """What is left of two norms in their sum, against what independent updates of these norms have.
+
+    >>> of_pileup(0.65, 0.7071), of_pileup(float("nan"), float("nan"))
+    ('65.0 % (70.7 % if independent)', '–')
+    """
+    return "–" if math.isnan(kept) else f"{percent(kept)} ({percent(independent)} if independent)"
 
 
 def of_error(error: float) -> str:
