@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import typer.main
 
-from lorastack.cli.app import app
+from lorastack.cli.application import app
 from lorastack.cli.help import parts_of
 
 TARGET = Path(__file__).parent / "cli.md"

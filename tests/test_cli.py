@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from lorastack import LoadedLora, LoraStack, __version__, convert_names, load
 from lorastack.cli import main
-from lorastack.cli.app import app
+from lorastack.cli.application import app
 
 Q = "blk.0.attn_q.weight"
 COMMAND = Path(sys.executable).with_name("lorastack")

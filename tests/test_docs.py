@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from lorastack.cli.app import app
+from lorastack.cli.application import app
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import lorastack.cli
 from lorastack import LoadedLora, save
-from lorastack.cli.app import app
+from lorastack.cli.application import app
 from lorastack.cli.console import echo, echo_json
 from lorastack.errors import LoraStackError, printable
 

@@ -13,7 +13,7 @@ import pytest
 import typer.main
 
 from lorastack import __version__
-from lorastack.cli.app import app
+from lorastack.cli.application import app
 from lorastack.cli.group import COMMANDS
 from tests.test_cli import Command, lorastack  # noqa: F401
 

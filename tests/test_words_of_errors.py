@@ -14,7 +14,7 @@ import typer.main
 from safetensors.numpy import load_file, save_file
 
 from lorastack import LoadedLora, LoraStack, load
-from lorastack.cli.app import app
+from lorastack.cli.application import app
 from lorastack.core.delta import LoraDelta
 from lorastack.errors import LoraStackError
 from lorastack.ways import Way, argument, command_line, drop_extras, ways
