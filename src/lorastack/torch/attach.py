@@ -58,6 +58,7 @@ def attach(
     >>> import numpy as np, torch
     >>> from lorastack import LoadedLora, LoraStack
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
+    >>> _ = torch.nn.init.ones_(model[0].weight)
     >>> lora = LoadedLora.from_tensors({"0.weight": (np.ones((1, 3)), np.ones((2, 1)))}, name="ones")
     >>> x = torch.ones(3)
     >>> base = model(x)
