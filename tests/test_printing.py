@@ -83,4 +83,4 @@ def test_one_file_of_the_commands_prints() -> None:
                 wrong.append(f"{path.name} imports escape")
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "typer.echo", "sys.stdout.write"):
                 wrong.append(f"{path.name}: {ast.unparse(node)[:60]}")
-    assert wrong == ["app.py: typer.echo(f'lorastack {__version__}')"]
+    assert wrong == ["application.py: typer.echo(f'lorastack {__version__}')"]
