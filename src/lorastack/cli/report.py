@@ -9,7 +9,7 @@ import typer
 
 from lorastack.cli.console import echo_json, remark
 from lorastack.cli.options import Adapters, AllowMixedBases, Base, Force, Ignore, Json, Quiet, Rename, parse_renames
-from lorastack.errors import ArgumentError, require
+from lorastack.errors import ArgumentError
 
 
 def report(
@@ -43,6 +43,7 @@ def report(
     `lorastack report recipe.toml -o report.html --force`
     """
     from lorastack.base import open_base
+    from lorastack.cli.missing import require_all
     from lorastack.cli.progress import step_bar
     from lorastack.files import bytes_in_words, check_output
     from lorastack.recipe import Recipe, recipe_files
@@ -54,7 +55,7 @@ def report(
     check_output(output, force, recipe.sources + recipe_files(adapters))
     if intruders and not recipe.base:
         raise ArgumentError("--intruders compares with the base; give it with --base")
-    require("plotly", "report")
+    require_all("report")
     from lorastack.report import report as write
 
     model = open_base(recipe.base) if recipe.base else None

@@ -44,7 +44,8 @@ def status_of(path: Path, error: type[LoraStackError] = FormatError) -> os.stat_
 
 def looked_into(path: Path, error: type[LoraStackError] = FormatError) -> Path:
     """``path``; where it is a folder, one whose files may be listed and looked at."""
-    if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):  # asked, since opening it takes a descriptor
+    # Asked, since opening it takes a descriptor; a file need not be one that can be run.
+    if not os.access(path, os.R_OK | os.X_OK) and path.is_dir():
         raise error(f"{path}: it cannot be looked into: Permission denied")
     return path
 

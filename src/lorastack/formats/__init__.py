@@ -180,7 +180,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:
-    if (folder / CONFIG_NAME).is_file():
+    if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
         return peft.load(*_peft_config(folder), name, allow_nonfinite, ignore)
     if file := _lone_file(folder):
         return _load_file(file, name, allow_nonfinite, ignore)
