@@ -99,7 +99,8 @@ class LiveLayer(Factors):
         """Whether the output is a fresh tensor that nobody else has seen, which saves a copy of it."""
         module = self.place.module
         fresh = type(module) is nn.Linear and output.is_contiguous() and not output.requires_grad
-        return fresh and len(module._forward_hooks) == 1 and not _seen_by_all()
+        # Hooks on all modules, as profilers set them, see outputs and may keep them.
+        return fresh and len(module._forward_hooks) == 1 and not _hooks_on_all()
 
     def _embedding(self, running: Pass, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         # F.embedding wants rows by token; A is kept [R, vocabulary], so the columns are picked instead.
@@ -201,8 +202,7 @@ def sweep(module: nn.Module, owner: Any) -> None:
                 hooks.pop(key, None)
 
 
-def _seen_by_all() -> bool:
-    """Whether hooks on all modules, as profilers set them, see outputs and may keep them."""
+def _hooks_on_all() -> bool:
     return bool(torch.nn.modules.module._global_forward_hooks)
 
 

@@ -66,7 +66,10 @@ class Passes:
         self.holders: set[Any] = set()
         self._live: set[Pass] = set()
         self._changer: int | None = None
-        self._turn = threading.Condition()
+        # Held by itself where nobody waits, since a condition's own way in is Python. One thread may take it twice: an
+        # interrupt can come between taking it and what gives it back.
+        self._lock = threading.RLock()
+        self._turn = threading.Condition(self._lock)
         self._with_gradients: set[Plan | None] = set()
         self._went_back = False
 
@@ -87,7 +90,7 @@ class Passes:
         plan = self._plan(bool(getattr(entry, "training", False)))
         new = Pass(self.number, entry)
         new.frame = _caller()
-        with self._turn:
+        with self._lock:
             while self._changer is not None and self._changer != new.thread:
                 self._turn.wait()
             self._live.add(new)
@@ -155,8 +158,7 @@ class Passes:
     def _plan(self, training: bool) -> Plan | None:
         """The plan that this context's passes have; None for the stack's own scales."""
         plan = plan_of_context(self.number)
-        backward = torch._C._current_graph_task_id() != -1
-        if plan is None and backward and self._with_gradients:
+        if plan is None and self._with_gradients and _goes_back():
             # Checkpoints compute again what was computed before the way back, perhaps under rows that are left by now.
             if len(self._with_gradients) > 1:
                 raise ArgumentError(
@@ -171,7 +173,7 @@ class Passes:
                 "inside rows(): plan = handle.current() before it, `with plan:` in it, or "
                 "contextvars.copy_context().run; for the stack's own scales: `with handle.plain():`"
             )
-        if training and torch.is_grad_enabled() and not backward:
+        if training and torch.is_grad_enabled() and not _goes_back():
             if self._went_back:
                 self._with_gradients, self._went_back = set(), False
             if len(self._with_gradients) < 2:
@@ -185,7 +187,7 @@ class Passes:
 
     def _end(self, one: Pass) -> None:
         one.frame = None
-        with self._turn:
+        with self._lock:
             self._live.discard(one)
             if self._changer is not None:
                 self._turn.notify_all()
@@ -194,6 +196,11 @@ class Passes:
 def not_pickled() -> ArgumentError:
     """What whoever pickles a model is told, by whichever of our hooks comes first."""
     return ArgumentError("a model that has a stack attached cannot be pickled; detach it, or save its state_dict()")
+
+
+def _goes_back() -> bool:
+    """Whether this is inside a call of backward()."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def eager(function: Any) -> Any:
@@ -206,9 +213,9 @@ def eager(function: Any) -> Any:
 
 def _caller() -> FrameType:
     """Which frame called the hook: the pass lasts as long as that."""
-    frame: Any = sys._getframe(1)
+    frame: Any = sys._getframe(2)
     while frame.f_back is not None and (
-        "/torch/_dynamo/" in frame.f_code.co_filename or _OURS in frame.f_code.co_filename
+        (file := frame.f_code.co_filename).startswith(_OURS) or "/torch/_dynamo/" in file
     ):
         frame = frame.f_back
     return frame
