@@ -17,7 +17,7 @@ OVERSAMPLING, POWERS, MOST_POWERS = 10, 2, 12
 #: An iteration that adds less than this part of what is still missing was the last; of all, float32 tells no less.
 _SETTLED, _NOISE = 1e-4, 1e-7
 #: Numbers of a matrix that are widened to float64 at a time.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 
 
 def leading(matrix: np.ndarray, rank: int, rng: np.random.Generator) -> Svd:

@@ -13,6 +13,7 @@ from lorastack.algebra.lowrank import Matrix, Svd
 from lorastack.algebra.randomised import leading, whole
 from lorastack.base.model import BaseModel
 from lorastack.core.delta import Kind, LoraDelta
+from lorastack.core.dtypes import nonfinite_count
 from lorastack.core.factor import Factor
 from lorastack.errors import NonFiniteError
 from lorastack.extracting.difference import Difference
@@ -45,7 +46,7 @@ class Changed:
     def matrix(self, number: int) -> np.ndarray:
         """The difference of one matrix, in float32."""
         found = self._difference.rows(number * self._rows, (number + 1) * self._rows)
-        if not np.isfinite(found).all():
+        if nonfinite_count(found):
             raise NonFiniteError(f"weight {self.name}: one of the models has NaN or Inf there")
         return found.T if self._turned else found
 

@@ -1,0 +1,53 @@
+"""``lorastack extract``: what it writes, says and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lorastack import load, merge
+from tests.extract.models import dense, far
+from tests.test_cli import Command, lorastack  # noqa: F401
+
+
+def tuned(folder: Path) -> None:
+    merge("base", load("luna"), "tuned")
+
+
+def test_the_adapter_comes_back(lorastack: Command) -> None:  # noqa: F811
+    tuned(lorastack.folder)
+    rank = max(delta.rank for delta in load("luna").adapters.values())
+    said = lorastack.works("extract", "tuned", "base", "--rank", rank, "-o", "again")
+    assert f"weights of rank {rank}" in said
+    assert "relative error" in said
+    for name, delta in load("luna").adapters.items():
+        assert far(dense(load("again").adapters[name]), dense(delta)) < 1e-3
+
+
+def test_json_has_the_errors(lorastack: Command) -> None:  # noqa: F811
+    tuned(lorastack.folder)
+    said = json.loads(lorastack.works("extract", "tuned", "base", "--energy", "0.9", "-o", "again", "--json"))
+    assert said["output"] == "again"
+    assert 0 < said["error"] <= 0.1**0.5 + 1e-6
+    assert set(said["errors"]) == set(said["ranks"]) == set(load("luna").adapters)
+    assert (said["rest"], said["added"], said["missing"], said["unsaved"]) == ({}, [], [], [])
+    assert lorastack.works("extract", "tuned", "base", "--rank", "2", "-o", "more", "-q") == ""
+
+
+def test_gguf_out_of_folders(lorastack: Command) -> None:  # noqa: F811
+    tuned(lorastack.folder)
+    lorastack.works("extract", "tuned", "base", "--rank", "4", "-o", "again.gguf", "--dtype", "f16")
+    assert load("again.gguf").naming == "gguf"
+    assert "leave --save-rest out" in lorastack.fails(
+        "extract", "tuned", "base", "--rank", "4", "-o", "b.gguf", "--save-rest"
+    )
+
+
+def test_errors_speak_of_flags(lorastack: Command) -> None:  # noqa: F811
+    tuned(lorastack.folder)
+    assert "give --rank, --energy or --tolerance" in lorastack.fails("extract", "tuned", "base", "-o", "again")
+    assert "no linear layer" in lorastack.fails("extract", "base", "base", "--rank", "4", "-o", "again")
+    assert "--rank is 0" in lorastack.fails("extract", "tuned", "base", "--rank", "0", "-o", "again")
+    assert "exists" in lorastack.fails("extract", "tuned", "base", "--rank", "4", "-o", "luna")
+    assert "is not replaced" in lorastack.fails("extract", "tuned", "base", "--rank", "4", "-o", "tuned", "--force")
+    assert "give two of a kind" in lorastack.fails("extract", "tuned", "base.gguf", "--rank", "4", "-o", "again")
