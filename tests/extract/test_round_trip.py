@@ -113,8 +113,9 @@ def test_layer_norms_of_gpt2_are_saved_with_their_bias(tmp_path: Path) -> None:
         assert far_logits(logits(model), wanted) < 1e-4
 
 
-def test_embeddings_as_low_rank_updates(tmp_path: Path) -> None:
-    base = base_of("llama", tmp_path / "base")
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_as_low_rank_updates(tied: bool, tmp_path: Path) -> None:
+    base = base_of("llama", tmp_path / "base", tie_word_embeddings=tied)
     tuned = _changed(base, tmp_path / "tuned", "0.self_attn.q_proj.weight", "embed_tokens.weight", "lm_head.weight")
     found = extract(tuned, base, rank=32, embeddings=True)
     assert {name: delta.kind for name, delta in found.adapters.items()} == {
@@ -140,6 +141,17 @@ def test_a_resized_vocabulary_is_listed_and_saved(tmp_path: Path) -> None:
     save(found, tmp_path / "out")
     merge(base, load(tmp_path / "out"), tmp_path / "merged")
     assert far_logits(logits(opened(tmp_path / "merged")), logits(model)) < 1e-4
+
+
+def test_a_classifier_trained_from_a_model_that_writes(tmp_path: Path) -> None:
+    base = base_of("llama", tmp_path / "base")
+    model = tf.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight += 0.1
+    model.save_pretrained(tmp_path / "tuned")
+    made = extract(tmp_path / "tuned", base, rank=1).made
+    assert made["ranks"] == {"model.layers.0.self_attn.q_proj.weight": 1}
+    assert (made["added"], made["missing"]) == (["score.weight"], ["lm_head.weight"])
 
 
 def test_no_difference_is_an_error(tmp_path: Path) -> None:

@@ -151,7 +151,9 @@ def test_roles() -> None:
         "transformer.wpe.weight": "embedding",
         "embeddings.word_embeddings.weight": "embedding",
         "encoder.layer.0.output.weight": "linear",
+        "token_embd.weight": "embedding",
         "embed_out.weight": "head",
+        "embedding_hidden_mapping_in.weight": "linear",
         "lm_head.weight": "head",
         "output.weight": "head",
         "h.0.attn.q_proj.weight": "linear",
@@ -224,6 +226,9 @@ def test_another_architecture(tmp_path: Path) -> None:
     two = plain(tmp_path / "b", tensors(), architectures=["LlamaForCausalLM"])
     with pytest.raises(UnsupportedError, match="another architecture"):
         extract(one, two, 4)
+    named = plain(tmp_path / "e", tensors(), model_type="gpt2"), plain(tmp_path / "f", tensors(), model_type="llama")
+    with pytest.raises(UnsupportedError, match=r"another architecture \('gpt2'\)"):
+        extract(*named, 4)
     with pytest.raises(UnsupportedError, match="no weight in common"):
         extract(plain(tmp_path / "c", {"x.weight": noise()}), plain(tmp_path / "d", tensors()), 4)
 

@@ -11,8 +11,8 @@ from lorastack.base.model import BaseModel
 #: ``other``: a norm, a bias, a router beside fused experts, what has a name of its own.
 Role = Literal["linear", "head", "embedding", "experts", "conv", "other"]
 
-#: The last part of a module's name. T5's bias by distance is an embedding too.
-_EMBEDDING = re.compile(r"\w*embed(?!_out)\w*|wte|wpe|shared|relative_attention_bias|token_types|position_embd")
+#: The last part of a module's name. T5's bias by distance is an embedding too, what projects embeddings is not.
+_EMBEDDING = re.compile(r"(?!\w*(proj|mapping))\w*embe?d\w*|wte|wpe|shared|relative_attention_bias|token_types")
 _HEADS = frozenset("lm_head embed_out proj_out output_projection output".split())
 _ROUTERS = ("gate", "router")
 
@@ -33,7 +33,7 @@ def role_of(base: BaseModel, name: str) -> Role:
     path, _, last = module.rpartition(".")
     if len(shape) == 2 and last in _HEADS and (last != "output" or not path):
         return "head"
-    if len(shape) == 2 and (_EMBEDDING.fullmatch(last) or last == "token_embd"):
+    if len(shape) == 2 and _EMBEDDING.fullmatch(last):
         return "embedding"
     if len(shape) == 2 and last in _ROUTERS and f"{path}.experts.down_proj" in base.shapes:
         return "other"  # a module of its own kind in transformers, which PEFT's adapters do not reach

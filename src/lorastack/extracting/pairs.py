@@ -57,9 +57,13 @@ def pairs_of(finetuned: BaseModel, base: BaseModel, embeddings: bool) -> Pairs:
     reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     differ: list[str] = []
     for name, shape in base.shapes.items():
-        if name not in finetuned.shapes or (name in base.tied and name in finetuned.tied):
+        role = role_of(base, name)
+        # A second name of one weight, which is compared under its first. An update of a head has to be there twice: of
+        # the embedding and of it, as live models keep an update apart from the weight.
+        second = name in base.tied and name in finetuned.tied and not (embeddings and role == "head")
+        if name not in finetuned.shapes or second:
             continue
-        own, role = finetuned.shapes[name], role_of(base, name)
+        own = finetuned.shapes[name]
         if own != shape:
             reshaped[name] = (shape, own)
             if role in _KINDS:
@@ -87,14 +91,20 @@ def _refuse_strangers(finetuned: BaseModel, base: BaseModel) -> None:
         packed.add(
             f"{finetuned.name} is {kinds[finetuned.naming]} and {base.name} is {kinds[base.naming]}; give two of a kind"
         )
-    elif finetuned.architecture_name != base.architecture_name:
+    elif (own := _family(finetuned)) != (wanted := _family(base)):
         packed.add(
-            f"{finetuned.name} is of another architecture ({finetuned.architecture_name}) than {base.name} "
-            f"({base.architecture_name}); give the model it was trained from"
+            f"{finetuned.name} is of another architecture ({own}) than {base.name} ({wanted}); give the model it was "
+            "trained from"
         )
     elif not set(finetuned.shapes) & set(base.shapes):
         packed.add(f"{finetuned.name} and {base.name} have no weight in common; give the model it was trained from")
     packed.raise_any(UnsupportedError)
+
+
+def _family(model: BaseModel) -> str:
+    """What it is a model of, whatever head it has: a classifier may be trained from a model that writes text."""
+    kind = model.config.get("model_type") if model.naming == "hf" else None
+    return shown(kind or model.architecture_name or "not said")
 
 
 def _refuse_other_shapes(lines: list[str], fits: Mapping[str, Kind], finetuned: BaseModel, base: BaseModel) -> None:
