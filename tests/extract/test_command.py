@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
 from lorastack import load, merge
 from tests.extract.models import dense, far
 from tests.test_cli import Command, lorastack  # noqa: F401
@@ -32,6 +35,26 @@ def test_json_has_the_errors(lorastack: Command) -> None:  # noqa: F811
     assert set(said["errors"]) == set(said["ranks"]) == set(load("luna").adapters)
     assert (said["rest"], said["added"], said["missing"], said["unsaved"]) == ({}, [], [], [])
     assert lorastack.works("extract", "tuned", "base", "--rank", "2", "-o", "more", "-q") == ""
+
+
+def test_the_rest_is_said_and_saved(lorastack: Command) -> None:  # noqa: F811
+    tuned(lorastack.folder)
+    (file,) = lorastack.folder.glob("tuned/*.safetensors")
+    tensors = load_file(file)
+    norm = tensors["model.norm.weight"]
+    save_file({**tensors, "model.norm.weight": np.zeros_like(norm), "new.weight": norm}, file, {"format": "pt"})
+    said = lorastack.works("extract", "tuned", "base", "--rank", "4", "-o", "again")
+    assert "changed, and not low-rank: model.norm.weight" in said
+    assert "--save-rest saves it whole" in said
+    assert not load("again").extras
+    said = lorastack.works("extract", "tuned", "base", "--rank", "4", "-o", "whole", "--save-rest")
+    assert "has no place in an adapter: new.weight" in said
+    assert "--save-rest" not in said
+    assert list(load("whole").extras["modules_to_save"]) == ["model.norm.weight"]
+    # A weight of zeros in the base has changed by infinitely much, which JSON has no number for
+    words = ("extract", "base", "tuned", "--rank", "4", "-o", "back", "--json")
+    assert json.loads(lorastack.works(*words))["rest"] == {"model.norm.weight": None}
+    assert load("back").num_adapters()
 
 
 def test_gguf_out_of_folders(lorastack: Command) -> None:  # noqa: F811

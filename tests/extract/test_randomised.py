@@ -66,3 +66,21 @@ def test_orthonormal_also_where_little_is_left() -> None:
     u, vt = leading(given, 8, np.random.default_rng(0)).vectors(8)
     assert np.allclose(u.T @ u, np.eye(8), atol=1e-4)
     assert np.allclose(vt @ vt.T, np.eye(8), atol=1e-4)
+
+
+def test_a_block_that_is_nearly_in_the_basis_becomes_orthogonal_to_it() -> None:
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((200, 20), np.float32))[0]
+    block = basis @ rng.standard_normal((20, 5), np.float32) + 1e-6 * rng.standard_normal((200, 5), np.float32)
+    beside = randomised._beside(basis, block)
+    assert np.abs(basis.T @ beside).max() < 1e-5
+    assert np.allclose(beside.T @ beside, np.eye(5), atol=1e-5)
+
+
+def test_a_cut_holds_no_more_than_itself() -> None:
+    for u in (
+        whole(matrix(60, 40, 0.5), 4).vectors(4)[0],
+        leading(matrix(60, 40, 0.5), 4, np.random.default_rng(0))[1](4)[0],
+    ):
+        assert u.base is not None
+        assert u.base.nbytes == u.nbytes

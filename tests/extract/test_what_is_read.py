@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lorastack import extract, load, merge, save
+from lorastack.algebra.randomised import whole
 from lorastack.base import BaseModel
 from lorastack.base.roles import role_of
 from lorastack.errors import (
@@ -22,6 +23,7 @@ from lorastack.errors import (
     NonFiniteError,
     UnsupportedError,
 )
+from lorastack.extracting import update
 from tests.extract.models import adapter, base_of, dense, far, plain
 
 Q, NORM, TABLE = "h.0.q.weight", "h.0.norm.weight", "wte.weight"
@@ -271,6 +273,16 @@ def test_every_weight_with_nan_is_named(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError) as caught:
         extract(plain(tmp_path / "tuned", after), plain(tmp_path / "base", tensors(layers=3)), 4)
     assert [name for name in ("h.1.q", "h.2.q", NORM) if name in str(caught.value)] == ["h.1.q", "h.2.q", NORM]
+
+
+def test_once_a_weight_failed_no_other_is_decomposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    after = {name: value + np.float32(1) for name, value in tensors(layers=3).items()}
+    after["h.1.q.weight"][0, 0] = np.nan
+    seen: list[int] = []
+    monkeypatch.setattr(update, "leading", lambda matrix, *_: seen.append(1) or whole(matrix, 1))
+    with pytest.raises(NonFiniteError):
+        extract(plain(tmp_path / "tuned", after), plain(tmp_path / "base", tensors(layers=3)), 4)
+    assert len(seen) == 1
 
 
 def test_weights_that_are_no_floats(tmp_path: Path) -> None:
