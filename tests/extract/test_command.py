@@ -73,4 +73,7 @@ def test_errors_speak_of_flags(lorastack: Command) -> None:  # noqa: F811
     assert "--rank is 0" in lorastack.fails("extract", "tuned", "base", "--rank", "0", "-o", "again")
     assert "exists" in lorastack.fails("extract", "tuned", "base", "--rank", "4", "-o", "luna")
     assert "is not replaced" in lorastack.fails("extract", "tuned", "base", "--rank", "4", "-o", "tuned", "--force")
+    assert "is in base, a model, which" in lorastack.fails(
+        "extract", "tuned", "base", "--rank", "4", "-o", "base/again"
+    )
     assert "give two of a kind" in lorastack.fails("extract", "tuned", "base.gguf", "--rank", "4", "-o", "again")

@@ -78,14 +78,14 @@ def extract_command(
     from lorastack.base import convert_names, open_base
     from lorastack.cli.progress import step_bar
     from lorastack.extracting import extract
-    from lorastack.files import check_output
+    from lorastack.files import check_apart, check_output
 
     check_output(output, force, [finetuned, base])
+    check_apart(output, [finetuned, base], "a model")
     ranks = parse_ranks(rank)
     as_gguf = output.suffix == ".gguf"
     if as_gguf and save_rest:
         raise ArgumentError(f"{output}: a GGUF adapter has no place for whole weights; leave --save-rest out")
-    model = None
     with step_bar("comparing") as step:
         lora = extract(
             finetuned,
@@ -101,8 +101,7 @@ def extract_command(
             progress=step,
         )
     if as_gguf and lora.naming == "hf":
-        model = open_base(base)
-        lora = convert_names(lora, model, "gguf")
+        lora = convert_names(lora, open_base(base), "gguf")
     elif not as_gguf and lora.naming == "gguf":
         raise ArgumentError(f"{output}: these models have GGUF names, and so has the adapter; write a .gguf file")
     write_adapter(lora, output, dtype, force)
