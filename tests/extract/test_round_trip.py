@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ import transformers as tf
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from lorastack import LoraStack, extract, load, merge, save
+from lorastack import LoadedLora, LoraStack, extract, load, merge, save
+from lorastack.core.delta import LoraDelta
 from lorastack.errors import LoraStackError
 from lorastack.torch import attach
-from tests.extract.models import MAKE, adapter, base_of, dense, far
+from tests.extract.models import MAKE, adapter, base_of, dense, far, plain
 from tests.torch.tiny import far as far_logits
 from tests.torch.tiny import tokens
 
@@ -158,3 +160,35 @@ def test_no_difference_is_an_error(tmp_path: Path) -> None:
     base = base_of("llama", tmp_path / "base")
     with pytest.raises(LoraStackError, match=r"no linear layer of .* differs"):
         extract(base, base, rank=2)
+
+
+@pytest.mark.parametrize(
+    ("weight", "delta", "shape", "config"),
+    [
+        ("h.0.conv.weight", ((2, 6, 3), (20, 2, 1)), (20, 6, 3), {}),
+        ("h.0.conv.weight", ((2, 6, 3, 3), (20, 2, 1, 1)), (20, 6, 3, 3), {}),
+        # Experts that are kept [E, in, out], square ones too, which do not say it by their shape
+        (
+            "model.m.experts.gate_up_proj",
+            ((3, 2, 12), (3, 20, 2)),
+            (3, 12, 20),
+            {"architectures": ["GptOssForCausalLM"]},
+        ),
+        ("model.m.experts.down_proj", ((3, 2, 12), (3, 12, 2)), (3, 12, 12), {"architectures": ["GptOssForCausalLM"]}),
+        ("model.m.experts.down_proj", ((3, 2, 12), (3, 12, 2)), (3, 12, 12), {"architectures": ["MixtralForCausalLM"]}),
+    ],
+)
+def test_other_kinds_of_weights_come_back(
+    weight: str, delta: Any, shape: tuple[int, ...], config: Any, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(side, np.float32) for side in delta)
+    made = LoadedLora.from_tensors(
+        {weight: LoraDelta(a, b, 1.0, "conv" if "conv" in weight else "experts")}, naming="hf"
+    )
+    base = plain(tmp_path / "base", {weight: rng.standard_normal(shape, np.float32)}, **config)
+    merge(base, made, tmp_path / "merged")
+    again = extract(tmp_path / "merged", base, 2).adapters[weight]
+    assert (again.kind, again.a.shape, again.b.shape) == (made.adapters[weight].kind, a.shape, b.shape)
+    wide = [x.reshape(*x.shape[:1], -1) if again.kind == "conv" else x for x in (a, b, again.a, again.b)]
+    assert far(wide[3].astype(np.float64) @ wide[2], wide[1].astype(np.float64) @ wide[0]) < 1e-5
