@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorastack.core.target import TargetModule as TargetModule
     from lorastack.errors import LoraStackError as LoraStackError
     from lorastack.errors import LoraStackWarning as LoraStackWarning
+    from lorastack.extracting import extract as extract
     from lorastack.formats import save as save
     from lorastack.merging import merge as merge
     from lorastack.recipe import load as load
@@ -31,6 +32,7 @@ _HOMES = {
     "LoraStackWarning": "errors",
     "TargetModule": "core.target",
     "convert_names": "base",
+    "extract": "extracting",
     "load": "recipe",
     "merge": "merging",
     "save": "formats",

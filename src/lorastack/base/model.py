@@ -13,7 +13,7 @@ import numpy as np
 from lorastack.base.architectures import Architecture, architecture_of
 from lorastack.base.spelling import TEXT_PARTS, other_spellings
 from lorastack.base.tables import Rename, live_names
-from lorastack.core.delta import LoraDelta
+from lorastack.core.delta import Kind, LoraDelta
 from lorastack.core.target import Naming
 from lorastack.errors import FormatError, ShapeError, UnknownNameError, UnsupportedError, shown
 from lorastack.formats.gguf_header import Header
@@ -229,10 +229,15 @@ class BaseModel:
         """Whether the weight is kept ``[in, out]``: an embedding, GPT-2's ``Conv1D``, the experts of some models."""
         if delta.kind == "experts":
             shape = (self.shape_of(name) or ())[-2:]
-            if delta.in_features == delta.out_features:
-                return self.architecture_name in _TURNED_EXPERTS
-            return shape == (delta.in_features, delta.out_features)
-        return delta.kind == "embedding" or (delta.kind == "linear" and self._is_conv1d(name))
+            if delta.in_features != delta.out_features:
+                return shape == (delta.in_features, delta.out_features)
+        return self.kept_turned(name, delta.kind)
+
+    def kept_turned(self, name: str, kind: Kind) -> bool:
+        """The same where there is no update yet whose shape would say it: a model keeps its experts one way."""
+        if kind == "experts":
+            return self.architecture_name in _TURNED_EXPERTS
+        return kind == "embedding" or (kind == "linear" and self._is_conv1d(name))
 
     def misfit(self, name: str, delta: LoraDelta) -> str | None:
         """Say why ``delta`` is no update of the weight ``name``; None when it is, or its shape cannot be told."""

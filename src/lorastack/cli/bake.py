@@ -144,7 +144,7 @@ def bake(
     written: list[dict[str, Any]] = []
     for path, coefficient in outputs:
         lora = baked if coefficient is None else with_coefficient(baked, coefficient)
-        _write(lora, path, dtype, force)
+        write_adapter(lora, path, dtype, force)
         written.append(_numbers(lora, path, coefficient, len(stack)))
         if not as_json:
             remark(f"{path}: {_words(lora, len(stack))}")
@@ -175,7 +175,8 @@ def _numbers(lora: LoadedLora, path: Path, coefficient: float | None, adapters: 
     }
 
 
-def _write(lora: LoadedLora, output: Path, dtype: str | None, force: bool) -> None:
+def write_adapter(lora: LoadedLora, output: Path, dtype: str | None, force: bool) -> None:
+    """Save an adapter, with a bar."""
     from lorastack.cli.progress import byte_bar
     from lorastack.formats import save
 

@@ -19,6 +19,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "apply": ("apply", "apply", "Apply the stack's sum at one weight to an array."),
     "bake": ("bake", "bake", "Bake a weighted stack into one adapter, exactly."),
     "compare": ("compare", "compare_command", "Say what adapters do and whether they cancel or pile up."),
+    "extract": (
+        "extract",
+        "extract_command",
+        "Extract an adapter from a fine-tuned model: its difference to its base.",
+    ),
     "inspect": ("inspect", "inspect_command", "Say what adapters are: weights, ranks, scaling, and what is odd."),
     "merge": ("merge", "merge_command", "Merge a weighted stack into its base: a new base that needs no adapters."),
     "report": ("report", "report", "Write one page about adapters and their sum."),

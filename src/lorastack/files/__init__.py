@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorastack.files.output import MERGE_RECIPE, OutputError, check_output, whole_output
+from lorastack.files.output import MERGE_RECIPE, OutputError, check_apart, check_output, whole_output
 from lorastack.files.regular import (
     below,
     bytes_in_words,
@@ -22,6 +22,7 @@ __all__ = [
     "OutputError",
     "below",
     "bytes_in_words",
+    "check_apart",
     "check_output",
     "kind_of",
     "local",

@@ -88,6 +88,15 @@ def check_output(target: Path, force: bool, sources: Sources = ()) -> None:
     _there(target, force, sources)
 
 
+def check_apart(target: Path, models: Sources, what: str = "the base") -> None:
+    """Refuse an output where one of the models lies, be it through links."""
+    place = Path(os.path.realpath(target.parent)) / target.name
+    for model in models:
+        there = Path(os.path.realpath(model))
+        if place == there or there in place.parents or Path(os.path.realpath(target)) == there:
+            raise ArgumentError(f"{target} is in {model}, {what}, which is never changed; choose another place")
+
+
 def _there(target: Path, force: bool, sources: Sources) -> os.stat_result | None:
     """What is at ``target`` and may be replaced; None where nothing is."""
     try:

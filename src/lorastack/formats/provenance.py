@@ -77,11 +77,13 @@ class Provenance:
 
 
 def sources_of(lora: LoadedLora) -> list[Path]:
-    """Where it, and all that it was made of, was loaded from; its base too, if that is a path."""
+    """Where it, and all that it was made of, was loaded from; its models too, those that are paths."""
     parts = [part for whole, _ in lora.origin or ((lora, 1.0),) for part, _ in _leaves(whole, 1.0)]
-    found = [source for one in (lora, *parts) if (source := one.source)]
-    bases = (one.metadata.get("base_model_name_or_path") for one in (lora, *parts))
-    return [*dict.fromkeys((*found, *(Path(base) for base in bases if isinstance(base, str) and base)))]
+    every = (lora, *parts)
+    found = [source for one in every if (source := one.source)]
+    said = [one.metadata.get("base_model_name_or_path") for one in every]
+    said += [one.made.get(key) for one in every for key in ("finetuned", "base")]  # of one that was extracted
+    return [*dict.fromkeys((*found, *(Path(model) for model in said if isinstance(model, str) and model)))]
 
 
 def hashes(lora: LoadedLora) -> dict[str, str]:

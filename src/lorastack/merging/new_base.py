@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from lorastack.base.model import Part
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, Failures
-from lorastack.files import OutputError, bytes_in_words, check_output, whole_output
+from lorastack.files import OutputError, bytes_in_words, check_apart, check_output, whole_output
 from lorastack.formats.provenance import Provenance, sources_of
 from lorastack.hub import resolve
 from lorastack.merging.card import CARD, RECIPE, card
@@ -187,7 +186,7 @@ def merge(
     importance = Importance.read(Path(imatrix)) if imatrix is not None else None
     how = How(exact, rounding, importance, outtype)
     target = _target(model, stack, out, how)
-    _check_apart(out, target.sources)
+    check_apart(out, target.sources)
     sources: list[str | Path] = [*target.sources, *(path for lora, _ in stack.entries for path in sources_of(lora))]
     check_output(out, force, sources)
     survivals = _estimated(target, how, partial(_say, progress, "estimating"))
@@ -268,15 +267,6 @@ def _verified(
         say(n + 1, len(changed))
     refuse_worse(found)
     return found
-
-
-def _check_apart(out: Path, sources: Sequence[Path]) -> None:
-    """Nothing is written where the base lies, be it through links."""
-    place = Path(os.path.realpath(out.parent)) / out.name
-    for source in sources:
-        there = Path(os.path.realpath(source))
-        if place == there or there in place.parents or Path(os.path.realpath(out)) == there:
-            raise ArgumentError(f"{out} is in {source}, the base, which is never changed; choose another place")
 
 
 def _check_room(out: Path, size: int) -> None:

@@ -1,0 +1,43 @@
+"""Roles: what a weight of a base is, by its name and shape: a linear layer, an embedding, experts, or none of these."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from lorastack.base.experts import fused
+from lorastack.base.model import BaseModel
+
+#: ``other``: a norm, a bias, a router beside fused experts, what has a name of its own.
+Role = Literal["linear", "head", "embedding", "experts", "conv", "other"]
+
+#: The last part of a module's name. T5's bias by distance is an embedding too, what projects embeddings is not.
+_EMBEDDING = re.compile(r"(?!\w*(proj|mapping))\w*embe?d\w*|wte|wpe|shared|relative_attention_bias|token_types")
+_HEADS = frozenset("lm_head embed_out proj_out output_projection output".split())
+_ROUTERS = ("gate", "router")
+
+
+def role_of(base: BaseModel, name: str) -> Role:
+    """What the weight is; ``other`` where its shape is not known.
+
+    >>> base = BaseModel("b", "hf", None, {}, {"h.0.q.weight": (4, 3), "wte.weight": (9, 3), "ln.weight": (3,)})
+    >>> [role_of(base, name) for name in base.shapes]
+    ['linear', 'embedding', 'other']
+    """
+    shape = base.shape_of(name) or ()
+    module, _, parameter = name.rpartition(".")
+    if len(shape) == 3 and (fused(name) or (base.naming == "gguf" and "_exps" in module)):
+        return "experts"
+    if parameter != "weight" or 0 in shape:
+        return "other"
+    path, _, last = module.rpartition(".")
+    if len(shape) == 2 and last in _HEADS and (last != "output" or not path):
+        return "head"
+    if len(shape) == 2 and _EMBEDDING.fullmatch(last):
+        return "embedding"
+    if len(shape) == 2 and last in _ROUTERS and f"{path}.experts.down_proj" in base.shapes:
+        return "other"  # a module of its own kind in transformers, which PEFT's adapters do not reach
+    if len(shape) == 2:
+        return "linear"
+    # With one channel for each group there is nothing that a low rank would save.
+    return "conv" if len(shape) in (3, 4, 5) and shape[1] > 1 else "other"
