@@ -66,18 +66,22 @@ def test_every_command_prints_json_and_nothing_else(lorastack: Command) -> None:
         "bake": ["luna", "robot:0.5", "-o", "both", "--rank", "4"],
         "compare": ["luna", "robot"],
         "inspect": ["luna"],
+        "merge": ["base", "luna", "-o", "merged"],
+        "extract": ["merged", "base", "--rank", "8", "-o", "again"],
         "report": ["luna", "-o", "r.html"],
         "resize": ["luna", "--rank", "2", "-o", "small"],
         "run": ["base", "luna", "-p", "Once", "-n", "2"],
         "tune": ["base", "luna", "--text", "eval.txt", "--trials", "3"],
     }
-    assert set(said) <= set(COMMANDS)
+    assert set(said) == set(COMMANDS)
     found = {name: json.loads(lorastack.works(name, *words, "--json")) for name, words in said.items()}
     assert (found["apply"]["shape"], found["apply"]["adapters"]) == ([64], 1)
     assert found["bake"][0]["ranks"] == [4]
     assert 0 < found["bake"][0]["error"] < 1
     assert found["report"]["size"] == Path("r.html").stat().st_size
     assert found["resize"][0]["output"] == "small"
+    assert found["merge"]["changed"] == 28
+    assert found["extract"]
     assert found["run"][0]["prompt"] == "Once"
     assert set(found["tune"]["scales"]) == {"luna"}
 
