@@ -36,6 +36,10 @@ _COMMON = re.compile(
 )
 #: What the regex package reads otherwise than Python: fuzzy matches like `a{e<=1}`, `[[:alpha:]]`.
 _OTHERWISE = re.compile(r"(?<!\\)\{(?!\d*,?\d*\})|\[:\^?\w+:\]")
+#: ``{n}`` or ``{n,m}`` with what it repeats.
+_REPEAT = re.compile(r"(.)\{(\d+)(?:,(\d*))?\}", re.DOTALL)
+#: Names out of files have at most so many letters.
+_MOST_REPEATS = 1_000
 _OPTIONS = re2.Options()
 _OPTIONS.log_errors = False
 _OPTIONS.max_mem = 1 << 20
@@ -97,6 +101,17 @@ def _check_length(text: str) -> None:
         raise PatternError(f"it has {len(text):,} characters, more than {MAX_LENGTH:,}")
 
 
+def _check_repeats(text: str) -> None:
+    """Refuse repeats beyond any name's length, which the regex package writes out one by one as it compiles them."""
+    simple, grouped = 1, 1
+    for before, most in ((found[1], found[3] or found[2]) for found in _REPEAT.finditer(text)):
+        count = int(most.lstrip("0")[:20] or 0)
+        simple = max(simple, count)
+        grouped *= max(count, 1) if before == ")" else 1  # perhaps one within the other
+    if simple > _MOST_REPEATS or simple * grouped > _MOST_REPEATS**2:
+        raise PatternError(f"it is no regular expression read here (repeats of more than {_MOST_REPEATS:,} letters)")
+
+
 def _linear(text: str, how: str) -> Callable[[str], Any] | None:
     """RE2's way to match it; None where RE2 refuses it, or might mean something else by it."""
     if not (text.isascii() and text.isprintable() and _COMMON.fullmatch(text)):
@@ -111,6 +126,7 @@ def _timed(text: str, how: str) -> Callable[..., Any]:
     """The way to match it that can be stopped, for what Python's own ``re`` takes too."""
     if odd := _OTHERWISE.search(text):
         raise PatternError(f"it is no regular expression read here ({odd[0]} at {odd.start()}); write \\ before it")
+    _check_repeats(text)
     try:
         with warnings.catch_warnings(action="ignore"):
             re.compile(text)
