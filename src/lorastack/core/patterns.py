@@ -108,7 +108,7 @@ def _check_repeats(text: str) -> None:
         count = int(most.lstrip("0")[:20] or 0)
         simple = max(simple, count)
         grouped *= max(count, 1) if before == ")" else 1  # perhaps one within the other
-    if simple > _MOST_REPEATS or simple * grouped > _MOST_REPEATS**2:
+    if simple > _MOST_REPEATS or simple * grouped > 10 * _MOST_REPEATS:
         raise PatternError(f"it is no regular expression read here (repeats of more than {_MOST_REPEATS:,} letters)")
 
 
