@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorastack.algebra.entries import Entry, check_fit, entries_of, weights_of
+from lorastack.algebra.entries import Entry, entries_of, fitted, weights_of
 from lorastack.algebra.intruders import IntruderSearch
 from lorastack.algebra.lowrank import Matrix, flat_shape, matrices
 from lorastack.algebra.measure import AdapterMeasure, WeightMeasure, measure_adapter, measure_weight
 from lorastack.algebra.pairs import FEW, NUMBERS, Pairs, Sums, independent_pileup, pairs_of, plain, stacked, sums_of
 from lorastack.algebra.signs import sign_counts
 from lorastack.algebra.span import Span, principal_angles, span
-from lorastack.base import BaseModel, convert_names, open_base
+from lorastack.base import BaseModel, open_base
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
 from lorastack.core.extras import HARMLESS, KINDS
@@ -176,7 +176,7 @@ def compare(
     """
     base = base if isinstance(base, BaseModel) or base is None else open_base(base)
     entries = _renamed(entries_of(stack, base, "compare", allow_mixed_bases), names)
-    entries = entries if base is None else _in_base(entries, base)
+    entries = entries if base is None else fitted(entries, base)
     weights = weights_of(entries, "compared")
     if not weights:
         raise ArgumentError("the adapters have no low-rank updates, so there is nothing to compare")
@@ -237,17 +237,6 @@ def compare(
         signs_exact=looked == total,
         sign_entries=looked,
     )
-
-
-def _in_base(entries: list[Entry], base: BaseModel) -> list[Entry]:
-    """The entries in the base's names; NamingError lists everything that has no place there."""
-    check_fit(entries, base)
-    return [
-        one
-        if one.lora.naming in (base.naming, "own")
-        else one._replace(lora=convert_names(one.lora, base, base.naming))
-        for one in entries
-    ]
 
 
 def _renamed(entries: list[Entry], names: Sequence[str] | None) -> list[Entry]:

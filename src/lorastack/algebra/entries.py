@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lorastack.base import BaseModel
 from lorastack.base.fit import misfits
-from lorastack.base.names import lora_of_adapter
+from lorastack.base.names import convert_names, lora_of_adapter
 from lorastack.base.settle import settle
 from lorastack.base.together import check_together
 from lorastack.core.adapter import LoadedLora
@@ -60,6 +60,17 @@ def check_fit(entries: Sequence[Entry], base: BaseModel) -> None:
         for line in misfits(one.lora, base):
             problems.add(f"{one.name}: {line}")
     problems.raise_any(NamingError)
+
+
+def fitted(entries: Sequence[Entry], base: BaseModel) -> list[Entry]:
+    """The adapters under the base's names; NamingError lists all that does not fit."""
+    check_fit(entries, base)
+    return [
+        one
+        if one.lora.naming in (base.naming, "own")
+        else one._replace(lora=convert_names(one.lora, base, base.naming))
+        for one in entries
+    ]
 
 
 def weights_of(entries: Sequence[Entry], done: str) -> Mapping[str, Mapping[int, LoraDelta]]:

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lorastack.algebra.entries import Entry, check_fit
+from lorastack.algebra.entries import Entry
 from lorastack.base.model import BaseModel, Stored
-from lorastack.base.names import convert_names
 from lorastack.core.delta import LoraDelta
 from lorastack.core.factor import Factor
 from lorastack.errors import NamingError, Problems
@@ -94,17 +93,6 @@ def changes_of(entries: Sequence[Entry], base: BaseModel) -> dict[str, Change]:
                 at(weight).tokens = Tokens(tuple(ids), rows)
     problems.raise_any(NamingError)
     return changes
-
-
-def fitted(entries: Sequence[Entry], base: BaseModel) -> list[Entry]:
-    """The adapters under the base's names; NamingError lists all that does not fit."""
-    check_fit(entries, base)
-    return [
-        one
-        if one.lora.naming in (base.naming, "own")
-        else one._replace(lora=convert_names(one.lora, base, base.naming))
-        for one in entries
-    ]
 
 
 def resized(base: BaseModel, entries: Iterable[Entry]) -> tuple[BaseModel, int | None]:

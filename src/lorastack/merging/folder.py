@@ -78,9 +78,9 @@ class Folder:
         return sum(shard.size for shard in self.shards) + sum(path.stat().st_size for path in self.carried)
 
     @property
-    def count(self) -> int:
-        """How many tensors it has."""
-        return sum(len(shard.tensors) for shard in self.shards)
+    def tensors(self) -> list[Tensor]:
+        """All that it has, the base's own among them."""
+        return [tensor for shard in self.shards for tensor in shard.tensors]
 
     @property
     def sources(self) -> list[Path]:
@@ -130,15 +130,6 @@ class Folder:
             for block in Merging(tensor.part, tensor.update, tensor.kind, self.how).blocks():
                 out.write(block.data)
                 progress(block.nbytes)
-
-    def changed(self) -> list[tuple[Part, Update, str, str]]:
-        """(the base's tensor, update, type, name) of every tensor that is not the base's own."""
-        return [
-            (tensor.part, tensor.update, tensor.kind, tensor.name)
-            for shard in self.shards
-            for tensor in shard.tensors
-            if tensor.update is not None
-        ]
 
     def find(self, out: Path, name: str) -> Part:
         """A tensor of the folder that was written."""

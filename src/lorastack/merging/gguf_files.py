@@ -15,6 +15,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from lorastack.base.model import Part
 from lorastack.base.rows import Rows, block_of
 from lorastack.errors import ArgumentError, Problems, UnsupportedError
+from lorastack.formats import MAX_VOCABULARY
 from lorastack.formats.gguf import open_reader
 from lorastack.formats.gguf_header import Header
 from lorastack.formats.gguf_splits import SPLIT_KEYS, split_name, split_stem
@@ -104,29 +105,20 @@ class GgufFiles:
         return n > 0 and not self.plan.added and all(tensor.update is None for tensor in self.files[n].tensors)
 
     @property
-    def count(self) -> int:
-        """How many tensors it has."""
-        return sum(len(file.tensors) for file in self.files)
+    def tensors(self) -> list[Tensor]:
+        """All that it has, the base's own among them."""
+        return [tensor for file in self.files for tensor in file.tensors]
 
     @property
     def sources(self) -> list[Path]:
         """The files of the base."""
         return [header.path for header in self.headers]
 
-    def changed(self) -> list[tuple[Part, Update, str, str]]:
-        """(the base's tensor, update, type, name) of every tensor that is not the base's own."""
-        return [
-            (tensor.part, tensor.update, tensor.kind, tensor.name)
-            for file in self.files
-            for tensor in file.tensors
-            if tensor.update is not None
-        ]
-
     def find(self, out: Path, name: str) -> Part:
         """A tensor of the files that were written."""
         file = next(file for file in self.files if any(tensor.name == name for tensor in file.tensors))
         path = out / file.name if self.as_folder else out
-        return Part(open_reader(path, max_elements=1 << 22), name)
+        return Part(open_reader(path, max_elements=MAX_VOCABULARY), name)
 
     def write(self, out: Path, recipe: str, link: bool, progress: Progress) -> int:
         """Write the file, or fill the folder, ``out``; returns how many files are hard links."""
@@ -168,7 +160,7 @@ class GgufFiles:
         if len(file.sources) > 1:
             dropped |= set(SPLIT_KEYS)
         elif len(self.headers) > 1:
-            new[SPLIT_KEYS[2]] = self.count
+            new[SPLIT_KEYS[2]] = len(self.tensors)
             dropped.add(SPLIT_KEYS[2])
         assert isinstance(first.source, OpenedFile)
         kept = [first.source.read(a, b - a) for key, (a, b) in first.spans.items() if key not in dropped]

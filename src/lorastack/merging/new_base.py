@@ -68,6 +68,19 @@ class Merged:
     notes: tuple[str, ...] = field(default=())
 
 
+class Planned(Protocol):
+    """One tensor of a new base: a changed one, or the base's own where there is no update."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def part(self) -> Part: ...
+    @property
+    def update(self) -> Update | None: ...
+
+
 class Target(Protocol):
     """A new base that can be written: a folder, or GGUF files."""
 
@@ -76,14 +89,13 @@ class Target(Protocol):
     @property
     def linkable(self) -> int: ...
     @property
-    def count(self) -> int: ...
+    def tensors(self) -> Sequence[Planned]: ...
     @property
     def as_folder(self) -> bool: ...
     @property
     def left_out(self) -> Sequence[Path]: ...
     @property
     def sources(self) -> Sequence[Path]: ...
-    def changed(self) -> Sequence[tuple[Part, Update, str, str]]: ...
     def write(self, out: Path, recipe: str, link: bool, progress: Progress) -> int: ...
     def find(self, out: Path, name: str) -> Part: ...
 
@@ -191,9 +203,8 @@ def merge(
     check_output(out, force, sources)
     survivals = _estimated(target, how, partial(_say, progress, "estimating"))
     written = target.size - (target.linkable if link else 0)
-    done = Merged(
-        None, tuple(survivals), target.size, written, target.count, len(survivals), left_out=tuple(target.left_out)
-    )
+    count, left_out = len(target.tensors), tuple(target.left_out)
+    done = Merged(None, tuple(survivals), target.size, written, count, len(survivals), left_out=left_out)
     _check_room(out, written)
     if dry_run:
         return done
@@ -245,11 +256,11 @@ def _target(model: BaseModel, stack: LoraStack, out: Path, how: How) -> Target:
 
 def _estimated(target: Target, how: How, say: Callable[[int, int], None]) -> list[Survival]:
     """What is left of every update; a factor with NaN and a sum that its type does not hold are found here too."""
-    changed = target.changed()
+    changed = _changed(target, how)
     failures = Failures("the stack cannot be merged")
     survivals = []
-    for n, (part, update, kind, _) in enumerate(changed):
-        found = failures.get(lambda part=part, update=update, kind=kind: estimate(Merging(part, update, kind, how)))  # type: ignore[misc]
+    for n, (_, merging) in enumerate(changed):
+        found = failures.get(lambda merging=merging: estimate(merging()))  # type: ignore[misc]
         if found is not None:
             survivals.append(found)
         say(n + 1, len(changed))
@@ -257,13 +268,22 @@ def _estimated(target: Target, how: How, say: Callable[[int, int], None]) -> lis
     return survivals
 
 
+def _changed(target: Target, how: How) -> list[tuple[str, Callable[[], Merging]]]:
+    """Every tensor that is not the base's own: its name, and what makes what merges it, which holds factors."""
+    return [
+        (one.name, partial(Merging, one.part, one.update, one.kind, how))
+        for one in target.tensors
+        if one.update is not None
+    ]
+
+
 def _verified(
     target: Target, how: How, out: Path, survivals: Sequence[Survival], say: Callable[[int, int], None]
 ) -> list[Verified]:
     found = []
-    changed = target.changed()
-    for n, ((part, update, kind, name), survival) in enumerate(zip(changed, survivals, strict=True)):
-        found.append(verify(Merging(part, update, kind, how), target.find(out, name), survival))
+    changed = _changed(target, how)
+    for n, ((name, merging), survival) in enumerate(zip(changed, survivals, strict=True)):
+        found.append(verify(merging(), target.find(out, name), survival))
         say(n + 1, len(changed))
     refuse_worse(found)
     return found

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from lorastack.algebra.entries import Entry
+from lorastack.algebra.entries import Entry, fitted
 from lorastack.base.model import BaseModel, Part
 from lorastack.core.factor import Factor
 from lorastack.errors import Problems, UnsupportedError
 from lorastack.formats.safetensors_file import SafetensorsFile
-from lorastack.merging.changes import Change, changes_of, fitted, is_saved, resized
+from lorastack.merging.changes import Change, changes_of, is_saved, resized
 from lorastack.merging.update import Update, shape_in_file
 from lorastack.ways import SELECT, Way, ways
 
