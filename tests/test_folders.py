@@ -87,3 +87,15 @@ def test_a_file_with_a_colon_is_reachable_with_and_without_a_scale(three: Comman
     for word, scale in (("v1:0.5", 1.0), ("v1:0.5:0.25", 0.25)):
         (one,) = json.loads(three.works("compare", word, "--json"))["adapters"]
         assert (one["name"], one["scale"]) == ("v1:0.5", scale)
+
+
+def test_a_moved_recipe_says_the_same_of_its_base(three: Command) -> None:
+    Path("sub").mkdir()
+    Path("sub/r.toml").write_text('base = "models/base"\n[[adapter]]\nsource = "../luna"\n')
+    said = three.fails("bake", "sub/r.toml", "-o", "out")
+    assert "recipe sub/r.toml: its base" in said
+    assert "models/base: there is no such file or folder" in said
+    assert f"{Path('sub/models/base').absolute()} is not there either" in said
+    with pytest.raises(FormatError, match=r"recipe sub/r\.toml: its base"):
+        load("sub/r.toml")
+    three.works("bake", "sub/r.toml", "--base", "base", "-o", "out")

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from lorastack import LoadedLora, LoraStack, convert_names, load
 from lorastack.errors import ArgumentError, FormatError
 from lorastack.formats.provenance import Ingredient
-from lorastack.mixture import parse_entry
+from lorastack.mixture import parse_spec
 from lorastack.recipe import Recipe, load_stack
 
 NAMES = [f"blk.{n}.{stem}.weight" for n in range(4) for stem in ("attn_q", "ffn_up")]
@@ -199,28 +199,28 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_word_is_a_file_and_a_scale(word: str, expected: tuple[str, float]) -> None:
-    assert parse_entry(word) == (*expected, None)
+    assert parse_spec(word) == (*expected, None)
 
 
 @pytest.mark.parametrize("word", ["zara:much", "zara:0.7:x", "ab:/zara", "zara:", "zara:nan", "zara:inf"])
 def test_a_word_with_a_scale_that_is_none_is_refused(word: str) -> None:
     with pytest.raises(ArgumentError, match=r"is no scale; write FILE:SCALE|a scale is a finite number"):
-        parse_entry(word)
+        parse_spec(word)
 
 
 def test_a_file_with_a_colon_in_its_name_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("zara:0.5").write_text("")
-    assert parse_entry("zara:0.5") == ("zara:0.5", 1.0, None)
-    assert parse_entry("zara:0.5:2") == ("zara:0.5", 2.0, None)
+    assert parse_spec("zara:0.5") == ("zara:0.5", 1.0, None)
+    assert parse_spec("zara:0.5:2") == ("zara:0.5", 2.0, None)
     Path("a=b").write_text("")
-    assert parse_entry("a=b:2") == ("a=b", 2.0, None)
+    assert parse_spec("a=b:2") == ("a=b", 2.0, None)
 
 
 def test_a_name_of_ones_own_stands_in_front() -> None:
-    assert parse_entry("hers=loras/zara.gguf:0.5") == ("loras/zara.gguf", 0.5, "hers")
-    assert parse_entry("my style=acme/style@v1") == ("acme/style@v1", 1.0, "my style")
-    assert parse_entry("./a=b/zara") == ("./a=b/zara", 1.0, None), "a path is no name"
+    assert parse_spec("hers=loras/zara.gguf:0.5") == ("loras/zara.gguf", 0.5, "hers")
+    assert parse_spec("my style=acme/style@v1") == ("acme/style@v1", 1.0, "my style")
+    assert parse_spec("./a=b/zara") == ("./a=b/zara", 1.0, None), "a path is no name"
 
 
 # ---- what it means

@@ -12,7 +12,7 @@ from lorastack.errors import ArgumentError, shown
 from lorastack.files import present
 
 
-class Entry(NamedTuple):
+class AdapterSpec(NamedTuple):
     """An adapter as a word names it: where it is, its scale, and a name of the user's own."""
 
     source: str
@@ -24,15 +24,15 @@ class Entry(NamedTuple):
 _NAMED = re.compile(r"([^=/\\:]+)=(.+)", re.DOTALL)
 
 
-def parse_entry(word: str) -> Entry:
+def parse_spec(word: str) -> AdapterSpec:
     """Split ``NAME=FILE:SCALE``; the scale is 1 where there is none, and a file may go by its own name.
 
     A colon or an equals sign that belongs to the path stays there: of a Windows drive, or of a file that exists by that
     name. Such a file's scale is written behind it: ``v1:0.5:0.7`` is the file ``v1:0.5`` at 0.7.
 
-    >>> parse_entry("zara:0.7"), parse_entry("hers=loras/zara.gguf")
-    (Entry(source='zara', scale=0.7, name=None), Entry(source='loras/zara.gguf', scale=1.0, name='hers'))
-    >>> parse_entry("C:/loras/zara.gguf").source
+    >>> parse_spec("zara:0.7"), parse_spec("hers=loras/zara.gguf")
+    (AdapterSpec(source='zara', scale=0.7, name=None), AdapterSpec(source='loras/zara.gguf', scale=1.0, name='hers'))
+    >>> parse_spec("C:/loras/zara.gguf").source
     'C:/loras/zara.gguf'
 
     Raises
@@ -42,8 +42,8 @@ def parse_entry(word: str) -> Entry:
     """
     source, scale = parse_scale(word)
     if (found := _NAMED.fullmatch(source)) and not present(Path(source)):
-        return Entry(found[2], scale, found[1].strip())
-    return Entry(source, scale)
+        return AdapterSpec(found[2], scale, found[1].strip())
+    return AdapterSpec(source, scale)
 
 
 def parse_scale(word: str) -> tuple[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError, FormatError, LoraStackError, Problems, shown
 from lorastack.files import below, local, nearest, present
 from lorastack.formats.provenance import Ingredient, Provenance, hashes
-from lorastack.mixture import parse_entry
+from lorastack.mixture import parse_spec
 from lorastack.recipe_text import ingredient_of, located, read_text, values_of
 from lorastack.ways import BASE, MIXED, ways
 
@@ -30,13 +30,16 @@ MAX_DEPTH, MAX_INGREDIENTS, MAX_STEPS = 16, 10_000, 100_000
 class Recipe(Provenance):
     """A provenance that can be read from a TOML file and made again."""
 
+    #: The file that names the base, for messages.
+    base_said_in: str | None = field(default=None, compare=False)
+
     @classmethod
     def of_words(cls, words: Iterable[str], base: str | None = None) -> Recipe:
         """From ``FILE:SCALE`` words; a ``.toml`` file among them brings its own ingredients, times its scale.
 
         A ``base`` takes the place of those that recipes name.
         """
-        return _Unfolding().unfold(cls(tuple(Ingredient(*parse_entry(word)) for word in words)), base=base)
+        return _Unfolding().unfold(cls(tuple(Ingredient(*parse_spec(word)) for word in words)), base=base)
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -67,7 +70,25 @@ class Recipe(Provenance):
         if base is not None and not isinstance(base, str):
             problems.add(f"base is {shown(base)}, expected a path or hub id")
         problems.raise_any(ArgumentError)
-        return cls(tuple(ingredients), located(base, folder) if base else None)
+        said_in = label if base and folder is not None else None
+        return cls(tuple(ingredients), located(base, folder) if base else None, base_said_in=said_in)
+
+    def open_base(self) -> BaseModel | None:
+        """The base it names, opened; None where it names none.
+
+        Raises
+        ------
+        FormatError
+            When it is not there, which says what file names it, and where it was looked for.
+        """
+        if self.base is None:
+            return None
+        try:
+            return open_base(self.base)
+        except FormatError as error:
+            if self.base_said_in is None or present(local(self.base)):
+                raise
+            raise FormatError(_not_there("base", self.base, self.base_said_in, error)) from error
 
     @property
     def sources(self) -> list[str]:
@@ -172,7 +193,7 @@ class _Unfolding:
     def unfold(self, recipe: Recipe, base: str | None = None) -> Recipe:
         """With the ingredients of every recipe among its own, times that one's scale."""
         ingredients: list[Ingredient] = []
-        bases = [recipe.base] if recipe.base else []
+        bases = {recipe.base: recipe.base_said_in} if recipe.base else {}
         height = steps = 0
         for one in recipe.ingredients:
             if one.source.endswith(".toml"):
@@ -182,7 +203,7 @@ class _Unfolding:
                     )
                 inner = self.read(Path(one.source))
                 height = max(height, self._height)
-                bases += [inner.base] if inner.base else []
+                bases |= {inner.base: inner.base_said_in} if inner.base else {}
                 new = [_within(i, one) for i in inner.ingredients]
             else:
                 new = _each_of(one)
@@ -195,11 +216,11 @@ class _Unfolding:
         self._height = height + 1
         if self._height > MAX_DEPTH + 1:
             raise ArgumentError(f"recipes are within each other more than {MAX_DEPTH} deep")
-        bases = [base] if base else bases
-        if len(set(bases)) > 1:
-            named = ", ".join(dict.fromkeys(bases))
-            raise ArgumentError(f"the recipes name different bases: {named}{ways(MIXED[0])}")
-        return Recipe(tuple(ingredients), bases[0] if bases else None)
+        bases = {base: None} if base else bases
+        if len(bases) > 1:
+            raise ArgumentError(f"the recipes name different bases: {', '.join(bases)}{ways(MIXED[0])}")
+        said, said_in = next(iter(bases.items()), (None, None))
+        return Recipe(tuple(ingredients), said, base_said_in=said_in)
 
 
 def _each_of(one: Ingredient) -> list[Ingredient]:
@@ -249,17 +270,12 @@ def _load(one: Ingredient, allow_nonfinite: bool, ignore: Collection[str], base:
     except FormatError as error:
         if one.recipe is None or present(local(one.source)):
             raise
-        raise FormatError(_not_there(one, one.recipe, error)) from error
+        raise FormatError(_not_there("source", one.source, one.recipe, error)) from error
     if one.sha256 and dict(one.sha256) != (found := hashes(lora)):
         raise ArgumentError(f"{one.source} is not the file of the recipe: sha256 {found}, {dict(one.sha256)} wanted")
     for step, value in one.steps:
         if step == "select":
-            names = list(lora.adapters)[:3]
             lora = lora.select(value)
-            if not lora.adapters:
-                raise ArgumentError(
-                    f"{one.source}: no weight matches {shown(value)}; its weights are named like {', '.join(names)}"
-                )
         elif step == "scales":
             lora = lora.scaled(value)
         elif step == "rename":
@@ -275,13 +291,13 @@ def _load(one: Ingredient, allow_nonfinite: bool, ignore: Collection[str], base:
     return lora
 
 
-def _not_there(one: Ingredient, recipe: str, error: FormatError) -> str:
-    """What to say of a source that is not where a recipe has it: one of the two was moved."""
-    folder, wanted = Path(recipe).parent, local(one.source)
+def _not_there(what: str, said: str, recipe: str, error: FormatError) -> str:
+    """What to say of a path that is not where a recipe has it: one of the two was moved."""
+    folder, wanted = Path(recipe).parent, local(said)
     tried = os.path.abspath(folder / wanted)
     places = [place for path in below(folder, 4) for place in (path, path.parent) if place.name == wanted.name]
     near = f"; did you mean {places[0]}?" if places else nearest(folder / wanted)
-    return f"recipe {recipe}: its source {error}; {tried} is not there either{near}"
+    return f"recipe {recipe}: its {what} {error}; {tried} is not there either{near}"
 
 
 def load(
@@ -317,8 +333,7 @@ def load(
         options: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "ignore": ignore, "subfolder": subfolder}
         return formats.load(path, name=name, rename=rename, **options)
     recipe = Recipe.read(Path(given))
-    said = base or recipe.base
-    model = open_base(said) if isinstance(said, str) else said
+    model = recipe.open_base() if base is None else open_base(base) if isinstance(base, str) else base
     stack = recipe.stack(base=model, allow_nonfinite=allow_nonfinite, ignore=ignore, rename=rename)
     return stack.bake(model, name or Path(given).stem)
 
@@ -335,4 +350,4 @@ def each_of(source: str) -> list[str]:
 
 def recipe_files(words: Iterable[str]) -> list[str]:
     """The recipes among ``FILE:SCALE`` words."""
-    return [source for word in words if (source := parse_entry(word)[0]).endswith(".toml")]
+    return [source for word in words if (source := parse_spec(word)[0]).endswith(".toml")]

@@ -24,7 +24,7 @@ from lorastack.core.target import place_of
 from lorastack.errors import LoraStackError, NonFiniteError
 from lorastack.hub import resolve
 from lorastack.inspect import inspect
-from lorastack.mixture import parse_entry, parse_mixture
+from lorastack.mixture import parse_mixture, parse_spec
 from lorastack.recipe import Recipe
 from tests.fuzz import seeds
 from tests.fuzz.guard import Work
@@ -134,7 +134,7 @@ def _mixture(data: bytes, folder: Path) -> None:
     _neighbours(folder)
     words = data.decode(errors="surrogateescape").split("\n")[:50]
     for word in words:
-        one = parse_entry(word)
+        one = parse_spec(word)
         assert np.isfinite(one.scale), "a scale that is not finite"
         assert one.source in word, "its source is no part of it"
         assert one.name is None or word.startswith(one.name) or word.lstrip().startswith(one.name), "nor its name"

@@ -54,7 +54,6 @@ def apply(
     import numpy as np
 
     from lorastack.algebra.entries import check_fit, entries_of
-    from lorastack.base import open_base
     from lorastack.files import check_output, whole_output
     from lorastack.recipe import Recipe, recipe_files
 
@@ -62,7 +61,7 @@ def apply(
     recipe = Recipe.of_words(adapters, base)
     sources: list[str | Path] = [*recipe.sources, *recipe_files(adapters), source]
     check_output(output, force, sources)
-    model = open_base(recipe.base) if recipe.base else None
+    model = recipe.open_base()
     stack = recipe.stack(
         base=model,
         allow_nonfinite=allow_nonfinite,

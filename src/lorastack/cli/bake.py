@@ -100,7 +100,6 @@ def bake(
     `lorastack bake ./zara ./excited --method ties@knots --density 0.2 --scales 0.2:1.0:0.2 -o ./both`
     """
     from lorastack.algebra.bake import with_coefficient
-    from lorastack.base import open_base
     from lorastack.cli.progress import step_bar
     from lorastack.files import check_output
     from lorastack.recipe import Recipe, recipe_files
@@ -112,7 +111,7 @@ def bake(
     recipe = Recipe.of_words(adapters, base)
     for path, _ in outputs:
         check_output(path, force, recipe.sources + recipe_files(adapters))
-    model = open_base(recipe.base) if recipe.base else None
+    model = recipe.open_base()
     naming: Naming | None = ("gguf" if as_gguf else "hf") if model else None
     stack = recipe.stack(
         base=model,

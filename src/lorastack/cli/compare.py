@@ -60,12 +60,11 @@ def compare_command(
     `lorastack compare zara.gguf ./robot --base ./my-model --weights`
     """
     from lorastack.algebra.compare import INTRUDERS, SIGN_SAMPLES, IntruderSearch, compare
-    from lorastack.base import open_base
     from lorastack.cli.progress import step_bar
     from lorastack.recipe import Recipe
 
     recipe = Recipe.of_words(adapters, base)
-    model = open_base(recipe.base) if recipe.base else None
+    model = recipe.open_base()
     stack = recipe.stack(
         base=model, naming=model.naming if model else None, ignore=ignore or (), rename=parse_renames(rename)
     )

@@ -42,7 +42,6 @@ def report(
 
     `lorastack report recipe.toml -o report.html --force`
     """
-    from lorastack.base import open_base
     from lorastack.cli.missing import require_all
     from lorastack.cli.progress import step_bar
     from lorastack.files import bytes_in_words, check_output
@@ -58,7 +57,7 @@ def report(
     require_all("report")
     from lorastack.report import report as write
 
-    model = open_base(recipe.base) if recipe.base else None
+    model = recipe.open_base()
     stack = recipe.stack(base=model, ignore=ignore or (), rename=parse_renames(rename))
     with step_bar("measuring") as step:
         write(stack, output, model, force, intruders=intruders, allow_mixed_bases=allow_mixed_bases, progress=step)
