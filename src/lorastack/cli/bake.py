@@ -11,14 +11,17 @@ import typer
 from lorastack.cli.console import echo_json, remark
 from lorastack.cli.cutting import Energy, Rank, Tolerance, loss_of, parse_ranks, parse_sweep
 from lorastack.cli.options import (
+    AdapterOutput,
     Adapters,
     AllowMixedBases,
     AllowNonfinite,
     Base,
+    Density,
     DropExtras,
     Force,
     Ignore,
     Json,
+    Method,
     Quiet,
     Rename,
     StoredType,
@@ -31,37 +34,17 @@ if TYPE_CHECKING:
     from lorastack.core.target import Naming
 
 
-def methods() -> list[str]:
-    """Every method by name, for completion."""
-    from lorastack.algebra.method import METHODS
-
-    return list(METHODS)
-
-
 def bake(
     adapters: Adapters,
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="OUT", help="NAME.gguf for a GGUF adapter, else a folder for PEFT."),
-    ],
+    output: AdapterOutput,
     base: Base = None,
     dtype: StoredType = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="The new adapter's name.")] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            metavar="METHOD",
-            autocompletion=methods,
-            help="cat, linear, svd, or a rule in a space such as ties@knots; see below.",
-        ),
-    ] = "cat",
+    method: Method = "cat",
     rank: Rank = None,
     energy: Energy = None,
     tolerance: Tolerance = None,
-    density: Annotated[
-        float | None,
-        typer.Option(metavar="D", help="The part of entries that rules keep; 0.2 for ties, 0.5 for dare."),
-    ] = None,
+    density: Density = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of dare's random masks.")] = 0,
     scales: Annotated[
         str | None,

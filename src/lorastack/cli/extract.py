@@ -10,7 +10,7 @@ import typer
 from lorastack.cli.bake import write_adapter
 from lorastack.cli.console import echo_json, remark
 from lorastack.cli.cutting import Energy, Rank, Tolerance, loss_of, parse_ranks
-from lorastack.cli.options import Force, Json, Quiet, StoredType
+from lorastack.cli.options import AdapterOutput, Force, Json, Quiet, StoredType
 from lorastack.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -40,10 +40,7 @@ def extract_command(
     base: Annotated[
         str, typer.Argument(metavar="BASE", help="The model it was trained from, of the same kind.", show_default=False)
     ],
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="OUT", help="NAME.gguf for a GGUF adapter, else a folder for PEFT."),
-    ],
+    output: AdapterOutput,
     rank: Rank = None,
     energy: Energy = None,
     tolerance: Tolerance = None,

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorastack.cli.bake import methods
 from lorastack.cli.console import echo_json, remark
 from lorastack.cli.cutting import Energy, Rank, Tolerance, parse_ranks
 from lorastack.cli.options import (
     Adapters,
     AllowNonfinite,
+    Density,
     DropExtras,
     Force,
     Ignore,
     Json,
+    Method,
     Quiet,
     Rename,
     parse_renames,
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 
 #: Below this part of an update, most of it is gone.
 _LITTLE = 0.5
+
+
+def _outtypes() -> list[str]:
+    from lorastack.merging.packing import packable_types
+
+    return [name.lower() for name in packable_types()]
 
 
 def merge_command(
@@ -50,30 +57,33 @@ def merge_command(
     ] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Sum in float64.")] = False,
     round_: Annotated[
-        str, typer.Option("--round", metavar="WAY", help="nearest, or stochastic, which keeps the mean.")
+        str,
+        typer.Option(
+            "--round",
+            metavar="WAY",
+            autocompletion=lambda: ["nearest", "stochastic"],
+            help="nearest, or stochastic, which keeps the mean.",
+        ),
     ] = "nearest",
     seed: Annotated[int, typer.Option(metavar="N", help="Of stochastic rounding, and of dare's random masks.")] = 0,
     link: Annotated[bool, typer.Option("--link", help="Hard links for files that stay as they are.")] = False,
     outtype: Annotated[
         str | None,
         typer.Option(
-            metavar="TYPE", help="GGUF: the type of changed weights, as in q8_0; each its own when not given."
+            metavar="TYPE",
+            autocompletion=_outtypes,
+            help="GGUF: the type of changed weights, as in q8_0; each its own when not given.",
         ),
     ] = None,
     imatrix: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="GGUF: an importance matrix, which some types are packed by."),
     ] = None,
-    method: Annotated[
-        str, typer.Option(metavar="METHOD", autocompletion=methods, help="As of `bake`: its result is merged.")
-    ] = "cat",
+    method: Method = "cat",
     rank: Rank = None,
     energy: Energy = None,
     tolerance: Tolerance = None,
-    density: Annotated[
-        float | None,
-        typer.Option(metavar="D", help="The part of entries that rules keep; 0.2 for ties, 0.5 for dare."),
-    ] = None,
+    density: Density = None,
     drop_extras: DropExtras = False,
     force: Force = False,
     allow_nonfinite: AllowNonfinite = False,

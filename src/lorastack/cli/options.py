@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,8 +10,18 @@ import typer
 from lorastack.cli.console import be_quiet
 from lorastack.errors import ArgumentError
 
-#: What factors can be written in.
-NAMES = ("f32", "f16", "bf16", "q8_0")
+
+def _types() -> list[str]:
+    from lorastack.core.dtypes import NAMES
+
+    return list(NAMES)
+
+
+def _methods() -> list[str]:
+    from lorastack.algebra.method import METHODS
+
+    return list(METHODS)
+
 
 Adapters = Annotated[
     list[str],
@@ -40,6 +51,22 @@ Base = Annotated[
     str | None,
     typer.Option("--base", "-b", metavar="BASE", help="The base model: a Hugging Face folder, hub id or GGUF file."),
 ]
+AdapterOutput = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="OUT", help="NAME.gguf for a GGUF adapter, else a folder for PEFT."),
+]
+Method = Annotated[
+    str,
+    typer.Option(
+        metavar="METHOD",
+        autocompletion=_methods,
+        help="How adapters become one: cat or linear (the weighted sum), svd, or a rule in a space such as ties@knots.",
+    ),
+]
+Density = Annotated[
+    float | None,
+    typer.Option(metavar="D", help="The part of entries that rules keep; 0.2 for ties, 0.5 for dare."),
+]
 AllowMixedBases = Annotated[
     bool,
     typer.Option("--allow-mixed-bases", help="Take adapters together that name different bases or share no weight."),
@@ -48,14 +75,14 @@ StoredType = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE",
-        autocompletion=lambda: list(NAMES),
+        autocompletion=_types,
         help="f32, f16, bf16, or for GGUF q8_0; factors keep theirs when not given.",
     ),
 ]
 ModelType = Annotated[
     str,
     typer.Option(
-        metavar="TYPE", autocompletion=lambda: ["auto", *NAMES[:3]], help="The base's: auto, f32, f16 or bf16."
+        metavar="TYPE", autocompletion=lambda: ["auto", *_types()[:3]], help="The base's: auto, f32, f16 or bf16."
     ),
 ]
 Device = Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from lorastack.cli.bake import bake
 from lorastack.cli.cutting import Energy, Rank, Tolerance
 from lorastack.cli.options import (
+    AdapterOutput,
     AllowMixedBases,
     AllowNonfinite,
     Base,
@@ -28,10 +28,7 @@ def resize(
     adapter: Annotated[
         str, typer.Argument(metavar="ADAPTER", help="A GGUF file, a PEFT folder or a hub id.", show_default=False)
     ],
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="OUT", help="NAME.gguf for a GGUF adapter, else a folder for PEFT."),
-    ],
+    output: AdapterOutput,
     rank: Rank = None,
     energy: Energy = None,
     tolerance: Tolerance = None,

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import gguf
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 
 from lorastack.base.model import Part
@@ -22,7 +21,7 @@ from lorastack.formats.gguf_splits import SPLIT_KEYS, split_name, split_stem
 from lorastack.formats.opened import OpenedFile
 from lorastack.formats.peft import RECIPE_KEY
 from lorastack.merging.links import linked_to
-from lorastack.merging.packing import needs_importance, packable
+from lorastack.merging.packing import needs_importance, packable, packable_types
 from lorastack.merging.plan import Plan
 from lorastack.merging.stream import How, Merging, Progress, span
 from lorastack.merging.update import Update
@@ -198,9 +197,10 @@ def _kind(own: str, dims: tuple[int, ...], update: Update | None, how: How) -> s
 
 
 def _check(tensors: Sequence[Tensor], how: How) -> None:
-    known = [name for name in gguf.GGMLQuantizationType.__members__ if packable(name) is None]
     if how.outtype and (how.outtype.upper() not in GGMLQuantizationType.__members__):
-        raise ArgumentError(f"{argument('outtype')} {how.outtype!r} is no type of GGUF; there are {', '.join(known)}")
+        raise ArgumentError(
+            f"{argument('outtype')} {how.outtype!r} is no type of GGUF; there are {', '.join(packable_types())}"
+        )
     problems = Problems("the tensors cannot be written")
     for tensor in tensors:
         if tensor.update is None:

@@ -14,6 +14,7 @@ from lorastack.algebra.entries import entries_of
 from lorastack.base import BaseModel, open_base
 from lorastack.base.model import Part
 from lorastack.core.adapter import LoadedLora
+from lorastack.core.dtypes import our_name
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, Failures
 from lorastack.files import OutputError, bytes_in_words, check_apart, check_output, whole_output
@@ -196,7 +197,7 @@ def merge(
         made |= stack.entries[0][0].made
     provenance = replace(provenance, made=MappingProxyType(made))
     importance = Importance.read(Path(imatrix)) if imatrix is not None else None
-    how = How(exact, rounding, importance, outtype)
+    how = How(exact, rounding, importance, our_name(outtype) if outtype else None)
     target = _target(model, stack, out, how)
     check_apart(out, target.sources)
     sources: list[str | Path] = [*target.sources, *(path for lora, _ in stack.entries for path in sources_of(lora))]

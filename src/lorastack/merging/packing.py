@@ -32,6 +32,11 @@ def packable(kind: str) -> str | None:
     return None
 
 
+def packable_types() -> list[str]:
+    """Every type of GGUF that rows can be written in here."""
+    return [name for name in gguf.GGMLQuantizationType.__members__ if packable(name) is None]
+
+
 def needs_importance(kind: str) -> bool:
     """Whether llama.cpp packs this type only with an importance matrix."""
     library = None if kind in FLOATS or kind in _BY_GGUF else _library()
