@@ -60,7 +60,9 @@ def hit(one: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize(("how", "renameat2"), [("save", "lacking"), ("bake", "there"), ("bake gguf", "there")])
 def test_ended_in_a_system_call(tmp_path: Path, how: str, renameat2: str) -> None:
-    ended(tmp_path, how, renameat2, 48)
+    found = ended(tmp_path, how, renameat2, 48)
+    assert len(found) == 48
+    assert sum(map(hit, found)) > 24
 
 
 @pytest.mark.slow
