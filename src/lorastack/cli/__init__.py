@@ -13,11 +13,13 @@ __all__ = ["app", "main"]
 def main() -> None:
     """Run the command; an error of ours is printed plainly and exits with 1."""
     try:  # imports take a moment too
+        from functools import partial
+
         from lorastack.cli.application import app
         from lorastack.cli.ending import run_to_its_end
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    run_to_its_end(app)
+    run_to_its_end(partial(app, prog_name="lorastack"))  # however it was started
 
 
 def __getattr__(name: str) -> Any:
