@@ -11,11 +11,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
+
+from tests.traced import traced
 
 CALLS = (
     "mkdir mkdirat openat write pwrite64 writev ftruncate fsync rename renameat renameat2 link linkat unlink unlinkat "
@@ -79,28 +80,14 @@ def lora(gguf: bool) -> object:
     return LoadedLora.from_tensors(pairs, name="x", naming="gguf" if gguf else "hf")
 
 
-def child(job: Job, content: int, force: bool, *options: str) -> int:
-    """The status of a child that was traced with these options, of one that was not without any."""
+def plain(job: Job, content: int, force: bool) -> int:
+    """The status of a child that nobody traces."""
     pid = os.fork()
     if not pid:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
-        if options:
-            os.kill(os.getpid(), signal.SIGSTOP)
         os._exit(job.run(content, force))
-    if not options:
-        return os.waitpid(pid, 0)[1]
-    os.waitpid(pid, os.WUNTRACED)
-    tracer = subprocess.Popen(["strace", "-qq", *options, "-p", str(pid)], stderr=subprocess.DEVNULL)
-    while "TracerPid:\t0\n" in Path(f"/proc/{pid}/status").read_text():
-        if tracer.poll() is not None:
-            os.kill(pid, signal.SIGKILL)
-            sys.exit("strace cannot trace here")
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGCONT)
-    status = os.waitpid(pid, 0)[1]
-    tracer.wait()
-    return status
+    return os.waitpid(pid, 0)[1]
 
 
 def spread(said: list[str], count: int) -> list[tuple[str, int]]:
@@ -133,7 +120,7 @@ def main(folder: Path, how: str, renameat2: str, count: int) -> None:
         shutil.rmtree(job.place, ignore_errors=True)
         job.place.mkdir()
         if force:
-            assert child(job, 1, False) == 0
+            assert plain(job, 1, False) == 0
 
     fresh(False)
     stdout = os.dup(1)
@@ -142,24 +129,24 @@ def main(folder: Path, how: str, renameat2: str, count: int) -> None:
     os.dup2(stdout, 1)
     known: dict[str, object] = {}
     for content in (1, 2, 3):
-        assert child(job, content, True) == 0
+        assert plain(job, content, True) == 0
         known[str(content)] = job.content()
     assert len({str(one) for one in known.values()}) == 3
     found = []
     for force, number in itertools.product((False, True), (signal.SIGKILL, signal.SIGTERM)):
         fresh(force)
         log = folder / "log"
-        child(job, 2, force, "-e", "trace=" + ",".join(f"?{call}" for call in CALLS), "-o", str(log))
+        traced(partial(job.run, 2, force), "-e", "trace=" + ",".join(f"?{call}" for call in CALLS), "-o", str(log))
         said = [line.partition("(")[0] for line in log.read_text().splitlines() if "(" in line and line[0].isalpha()]
         for call, which in spread(said, count // 4):
             fresh(force)
             inject = f"inject={call}:signal={number.name}:when={which}"
-            status = child(job, 2, force, "-e", f"trace={call}", "-e", inject, "-o", os.devnull)
+            status = traced(partial(job.run, 2, force), "-e", f"trace={call}", "-e", inject, "-o", os.devnull)
             at_place = job.content()
             state = next((key for key, value in known.items() if value == at_place), at_place and "partial")
             aside = [str(path.relative_to(job.place)) for path in job.place.glob(".*.partial/old/*")]
             left = sorted(path.name for path in job.place.iterdir() if path != job.target)
-            again = child(job, 3, True)
+            again = plain(job, 3, True)
             found.append({
                 "force": force, "signal": number.name, "call": call, "which": which, "status": status, "state": state,
                 "aside": bool(aside), "left": left, "again": again, "whole": job.content() == known["3"],

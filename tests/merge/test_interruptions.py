@@ -23,10 +23,12 @@ CALLS = "mkdir,openat,write,fsync,rename,renameat2,link,unlink,unlinkat,rmdir,co
 
 #: Forks children that have everything imported already and stop themselves; each is traced, goes on, and is killed.
 SERVER = """
-import hashlib, json, os, shutil, signal, subprocess, sys, time
+import hashlib, json, os, shutil, sys
+from functools import partial
 from pathlib import Path
 from lorastack import merge
 from tests.merge.stacks import adapters
+from tests.traced import traced
 
 work, calls, wanted = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 base, folder = work / "base", work / "outs"
@@ -37,23 +39,9 @@ def content(path):
     files = sorted(p for p in path.rglob("*") if p.is_file())
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
-def child(force, *options):
-    pid = os.fork()
-    if not pid:
-        os.kill(os.getpid(), signal.SIGSTOP)
-        merge(base, adapters(2), folder / "out", force=force, link=True)
-        os._exit(0)
-    os.waitpid(pid, os.WUNTRACED)
-    tracer = subprocess.Popen(["strace", "-f", "-qq", *options, "-p", str(pid)], stderr=subprocess.DEVNULL)
-    while "TracerPid:\\t0\\n" in Path(f"/proc/{pid}/status").read_text():
-        if tracer.poll() is not None:
-            os.kill(pid, signal.SIGKILL)
-            sys.exit("strace cannot trace here")
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGCONT)
-    status = os.waitpid(pid, 0)[1]
-    tracer.wait()
-    return status
+def run(force):
+    merge(base, adapters(2), folder / "out", force=force, link=True)
+    return 0
 
 def fresh(force):
     shutil.rmtree(folder, ignore_errors=True)
@@ -71,7 +59,7 @@ found = []
 for force in (False, True):
     fresh(force)
     log = work / "log"
-    child(force, "-e", f"trace=?{calls.replace(',', ',?')}", "-o", str(log))
+    traced(partial(run, force), "-f", "-e", f"trace=?{calls.replace(',', ',?')}", "-o", str(log))
     said = [line.split("(")[0].split()[-1] for line in log.read_text().splitlines() if "(" in line]
     mine = [call for call in said if call in calls.split(",")]
     points = [(call, 1 + mine[:n].count(call)) for n, call in enumerate(mine)]
@@ -79,7 +67,7 @@ for force in (False, True):
     for call, number in dict.fromkeys([*chosen.values(), *points[:: max(1, len(points) * 2 // wanted)]]):
         fresh(force)
         options = ("-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}", "-o", "/dev/null")
-        status = child(force, *options)
+        status = traced(partial(run, force), "-f", *options)
         there = content(folder / "out")
         state = "none" if there is None else "old" if there == old else "new" if there == new else "torn"
         aside = any(folder.glob(".*.partial/old/*"))

@@ -226,4 +226,5 @@ def set_scales(peft: nn.Module, scales: dict[str, float]) -> None:
 
 def far(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, relative to the largest value."""
+    found, expected = found.detach(), expected.detach()
     return float((found - expected).abs().max() / expected.abs().max())
