@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from lorastack.cli.missing import _PACKAGES, require_all
 from lorastack.core.dtypes import our_name
 from lorastack.errors import ArgumentError, FormatError, LoraStackError, MissingDependencyError, UnknownNameError
 from lorastack.hub import _of_address
+from tests.conftest import ROOT
 from tests.test_cli import Command, lorastack  # noqa: F401
 
 RUN = [sys.executable, "-m", "lorastack"]
@@ -138,6 +141,18 @@ def test_a_missing_extra_names_all_that_is_missing_and_what_works(monkeypatch: p
     assert said.endswith(f"in this installation work: {', '.join(works)}")
     gone.clear()
     require_all(*_PACKAGES)
+
+
+def test_what_an_extra_brings_is_what_the_package_says() -> None:
+    """Each package that a command looks for is one that its extra installs."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    def brought(extra: str) -> set[str]:
+        names = {re.split(r"[<>=\[]", line)[0]: line for line in extras[extra]}
+        within = re.findall(r"lorastack\[(.*)\]", names.pop("lorastack", ""))
+        return set(names).union(*(brought(one) for line in within for one in line.split(",")))
+
+    assert {extra: set(names) for extra, names in _PACKAGES.items()} == {extra: brought(extra) for extra in _PACKAGES}
 
 
 def test_who_stops_reading_gets_no_traceback(lorastack: Command) -> None:  # noqa: F811

@@ -7,6 +7,7 @@ import io
 import json
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -116,10 +117,8 @@ def gguf_adapter() -> bytes:
         "blk.1.ffn_up.weight": (Q.Q8_0, (32, 32), (2, 32)),
         "blk.1.ffn_up_exps.weight": (Q.BF16, (2, 3, 4), (2, 5, 3)),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "x.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_type("adapter")
+
+    def fill(writer: gguf.GGUFWriter) -> None:
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", 8.0)
         writer.add_string("adapter.lora.task_name", "tale")
@@ -131,45 +130,50 @@ def gguf_adapter() -> bytes:
                 array = rng.standard_normal(shape).astype(np.float32)
                 writer.add_tensor(f"{name}.{part}", gguf.quants.quantize(array, kind), raw_dtype=kind)
         writer.add_tensor("output_norm.weight", np.ones(3, np.float32))
-        return _written(writer, path)
+
+    return _written("adapter", fill)
 
 
 @functools.cache
 def small_gguf() -> bytes:
     """A GGUF adapter of the one weight that the bases have."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "x.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_type("adapter")
+
+    def fill(writer: gguf.GGUFWriter) -> None:
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", 4.0)
         for part, array in zip("ab", pair().values(), strict=True):
             writer.add_tensor(f"blk.0.attn_q.weight.lora_{part}", array)
-        return _written(writer, path)
+
+    return _written("adapter", fill)
 
 
 @functools.cache
 def gguf_base() -> bytes:
     """A GGUF base of two weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "x.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_type("model")
+
+    def fill(writer: gguf.GGUFWriter) -> None:
         writer.add_block_count(1)
         writer.add_head_count(2)
         writer.add_head_count_kv(2)
         writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
         writer.add_tensor("blk.0.attn_q.weight", np.ones((8, 8), np.float32))
         writer.add_tensor("token_embd.weight", np.ones((5, 32), np.float16))
-        return _written(writer, path)
+
+    return _written("model", fill)
 
 
-def _written(writer: gguf.GGUFWriter, path: Path) -> bytes:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path.read_bytes()
+def _written(kind: str, fill: Callable[[gguf.GGUFWriter], None]) -> bytes:
+    """The bytes of a GGUF file for llama, of an adapter or a model, with what ``fill`` puts into it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_type(kind)
+        fill(writer)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()
 
 
 def base_weights() -> bytes:
