@@ -130,6 +130,19 @@ def test_a_folder_inside_is_named_as_the_folder(cache: Path, tmp_path: Path) -> 
     ]
 
 
+def test_an_address_copied_from_a_browser_is_what_it_shows(cache: Path, tmp_path: Path) -> None:
+    asked = {
+        "https://huggingface.co/acme/tale": ["tale", [[1.0]]],
+        "https://huggingface.co/acme/tale/tree/v1.0": ["tale", [[2.0]]],
+        "https://hf.co/acme/tale/blob/main/adapter_model.safetensors": ["tale", [[1.0]]],
+        "https://huggingface.co/acme/many/tree/main/deep/er": ["er", [[4.0]]],
+        "https://huggingface.co/acme/many/blob/old/style/adapter_config.json?x=1": ["style", [[5.0]]],
+        "https://huggingface.co/acme/one-file/blob/main/adapter-f16.gguf": ["adapter-f16", "gguf"],
+        "https://huggingface.co/acme/one-file/resolve/main/adapter-f16.gguf?download=true": ["adapter-f16", "gguf"],
+    }
+    assert answers(cache, tmp_path, *asked) == list(asked.values())
+
+
 def test_the_only_adapter_of_a_repository_is_found_in_its_folder(cache: Path, tmp_path: Path) -> None:
     assert answers(cache, tmp_path, "acme/many@old") == [["style", [[5.0]]]]
 

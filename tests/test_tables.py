@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
 
 from lorastack import LoadedLora
 from lorastack.cli.tables import fixed, short_names
@@ -113,6 +114,17 @@ def test_names_are_short_only_where_that_tells_them_apart() -> None:
     twins = ["encoder.layers.0.q_proj.weight", "decoder.layers.0.q_proj.weight"]
     assert list(short_names(twins).values()) == ["encoder.layers.0.q_proj", "decoder.layers.0.q_proj"]
     assert short_names(["transformer.h.11.attn.c_attn.weight"]) == {"transformer.h.11.attn.c_attn.weight": "L11.c_attn"}
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_letters_that_take_two_cells_are_counted_as_two(tmp_path: Path, columns: int) -> None:
+    lora = LoadedLora.from_tensors({"model.layers.0.q.weight": (np.ones((1, 4)), np.ones((4, 1)))}, naming="hf")
+    for n in range(5):
+        lora.renamed(f"長い名前の適応器{n}" * 3).save(tmp_path / (f"長い名前の適応器{n}" * 3))
+    shown = in_terminal(columns, tmp_path, "compare", ".")
+    tables = [line for line in shown.splitlines() if line[:1] in "┏┡│┃└"]
+    assert max(map(cell_len, tables)) <= columns
+    assert all(f"応器{n}" in shown.replace("\n", "") or f"器{n}" in shown for n in range(5))
 
 
 def test_nothing_is_minus_zero() -> None:

@@ -33,8 +33,10 @@ def resolve(given: str, subfolder: str | None = None, patterns: tuple[str, ...] 
     path = local(given)
     if status_of(path) is not None:
         return looked_into(path) if subfolder is None else looked_into(_inside(looked_into(path), subfolder))
-    match = _HUB_ID.fullmatch(_of_address(given))
-    if not match or given.startswith((".", "/", "~")) or given.endswith(_FILES):
+    word = _of_address(given)
+    match = _HUB_ID.fullmatch(word)
+    # An id with the name of a file in it is more likely a path that is not there; an address is what it says.
+    if not match or word.startswith((".", "/", "~")) or (word == given and word.endswith(_FILES)):
         raise FormatError(f"{given}: there is no such file or folder{nearest(path)}")
     repository, inner, revision = match.groups()
     # The client looks a revision up as a path in its cache, and ".." would lead out of it.

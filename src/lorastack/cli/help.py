@@ -53,11 +53,7 @@ class Command(TyperCommand):
         rows: dict[str, list[tuple[str, str]]] = {"argument": [], "option": []}
         for one in self.get_params(ctx):
             if found := one.get_help_record(ctx):
-                term = (
-                    _argument(one)
-                    if one.param_type_name == "argument"
-                    else _TYPE.sub(lambda kind: _KINDS.get(kind[1], " TEXT"), found[0])
-                )
+                term = _argument(one) if one.param_type_name == "argument" else _TYPE.sub(_kind, found[0])
                 rows[one.param_type_name].append((term, found[1].replace("`", "")))
         for kind, title in (("argument", "Arguments"), ("option", "Options")):
             if rows[kind]:

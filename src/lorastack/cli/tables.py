@@ -8,6 +8,7 @@ from textwrap import wrap
 from typing import NamedTuple
 
 from rich import box
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.table import Table
 
@@ -105,7 +106,7 @@ def _widths(grid: Grid, width: int, around: int) -> list[int] | None:
     """
     columns = [[grid.titles[n], *(_text(row[n]) for row in grid.rows)] for n in range(len(grid.titles))]
     least = [max(map(_longest, cells)) for cells in columns]
-    found = [max(len(line) for cell in cells for line in cell.split("\n")) for cells in columns]
+    found = [max(cell_len(line) for cell in cells for line in cell.split("\n")) for cells in columns]
     room = width - around * len(columns) - 1
     if sum(least) > room:
         return None
@@ -130,12 +131,19 @@ def _that_fit(grid: Grid, width: int) -> Iterator[Grid]:
 
 
 def _longest(text: str) -> int:
-    return max(map(len, text.split()), default=0)
+    return max(map(cell_len, text.split()), default=0)  # letters of some alphabets take two cells
 
 
 def _folded(text: str, width: int) -> str:
     """A text whose words are cut where they are longer than this; the pieces stand below each other."""
-    return "\n".join(piece for word in text.split() for piece in wrap(word, width)) if _longest(text) > width else text
+    if _longest(text) <= width:
+        return text
+    return "\n".join(piece for word in text.split() for piece in _pieces(word, width))
+
+
+def _pieces(word: str, width: int) -> list[str]:
+    """A word in pieces no wider than this, cut at hyphens where there are any."""
+    return wrap(word, width) if cell_len(word) == len(word) else chop_cells(word, width)
 
 
 def _table(grid: Grid, lines: box.Box = box.HEAVY_HEAD, widths: Sequence[int] | None = None) -> Table:

@@ -72,7 +72,8 @@ def load(
     given = os.fspath(path)
     where = resolve(given, subfolder, (*ADAPTER_FILES, *companions.KNOWN))
     if name is None and where.parts[-2:-1] == ("snapshots",):
-        name = given.partition("@")[0].rpartition("/")[2]  # the cache names a snapshot's folder by its hash
+        # The cache names a snapshot's folder by its hash, and that above it models--OWNER--NAME.
+        name = where.parts[-3].rpartition("--")[2]
     load_it = _load_folder if where.is_dir() else _load_file
     lora = load_it(where, name, allow_nonfinite, ignore)
     return lora.with_weights_renamed(rename) if rename else lora
