@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -16,13 +16,15 @@ from lorastack.base.model import Part
 from lorastack.base.opening import INDEX
 from lorastack.base.rows import Rows
 from lorastack.files import below
+from lorastack.files.large import LargeFile
 from lorastack.formats.json_object import read_object
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.merging.card import CARD, RECIPE
 from lorastack.merging.links import linked_to
 from lorastack.merging.plan import Plan
-from lorastack.merging.stream import How, Merging, Progress, span
+from lorastack.merging.stream import How, Progress, contents, spans
 from lorastack.merging.update import Update
+from lorastack.pipeline import ahead
 
 #: Weights in another form than the one that is merged: they would be those of the old base.
 _WEIGHTS = frozenset(".safetensors .bin .pt .pth .ckpt .msgpack .h5 .gguf .onnx .ot .tflite .npz".split())
@@ -110,26 +112,14 @@ class Folder:
                 linked += 1
                 progress(shard.size)
                 continue
-            with target.open("wb") as file:
-                if shard.same:
-                    for data in span(shard.file.files[0], 0, shard.file.files[0].size, progress):
-                        file.write(data)
-                else:
-                    self._write_shard(shard, file, progress)
+            source = shard.file.files[0]
+            with LargeFile(target) as file:
+                if not shard.same:
+                    file.write(source.read(0, shard.file.data_start) if shard.in_place else _header(shard))
+                for data in ahead(spans(source, 0, source.size)) if shard.same else contents(shard.tensors, self.how):
+                    file.write(data)
+                    progress(data.nbytes)
         return linked
-
-    def _write_shard(self, shard: Shard, out: BinaryIO, progress: Progress) -> None:
-        source = shard.file.files[0]
-        out.write(source.read(0, shard.file.data_start) if shard.in_place else _header(shard))
-        for tensor in shard.tensors:
-            if tensor.update is None:
-                rows = Rows(tensor.part)
-                for data in span(source, rows.start, rows.start + rows.size, progress):
-                    out.write(data)
-                continue
-            for block in Merging(tensor.part, tensor.update, tensor.kind, self.how).blocks():
-                out.write(block.data)
-                progress(block.nbytes)
 
     def find(self, out: Path, name: str) -> Part:
         """A tensor of the folder that was written."""
