@@ -14,7 +14,7 @@ from lorastack.base.names import convert_names, tied_in_gguf
 from lorastack.base.rows import Rows
 from lorastack.base.settle import settle
 from lorastack.core.adapter import LoadedLora
-from lorastack.core.extras import KINDS, NEVER_LIVE
+from lorastack.core.extras import KINDS, NEVER
 from lorastack.core.factor import Factor
 from lorastack.errors import LoraStackError
 from lorastack.ways import drop_extras, ways
@@ -79,7 +79,7 @@ def _same_as_stored(saved: Factor, base: BaseModel, name: str) -> bool:
 
 def _extra(kind: str, values: Mapping[str, Any], lora: LoadedLora, base: BaseModel) -> Iterator[str]:
     """What of one kind of extras does not fit."""
-    if kind in NEVER_LIVE:
+    if kind in NEVER:
         yield f"{kind}: {KINDS[kind]}, which cannot be honoured"
         return
     for name, value in values.items():
