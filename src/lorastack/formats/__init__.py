@@ -20,6 +20,7 @@ from lorastack.formats.others import WITHOUT, reader_of
 from lorastack.formats.peft_config import CONFIG_NAME, read_config
 from lorastack.formats.peft_files import stands_for_folder
 from lorastack.formats.peft_save import save_peft
+from lorastack.formats.products import cut_products
 from lorastack.formats.provenance import Provenance, sources_of
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.formats.shards import refuse_part
@@ -39,7 +40,6 @@ class _How(NamedTuple):
 
     allow_nonfinite: bool
     ignore: Collection[str]
-    rank: int | None
 
 
 def load(
@@ -82,16 +82,15 @@ def load(
     FormatError
         Listing everything that is wrong with the file.
     """
-    if rank is not None and (type(rank) is not int or rank < 1):
-        raise ArgumentError(f"rank is a whole number above 0, got {shown(rank)}")
     given = os.fspath(path)
     where = resolve(given, subfolder, (*ADAPTER_FILES, *companions.KNOWN))
     if name is None and where.parts[-2:-1] == ("snapshots",):
         # The cache names a snapshot's folder by its hash, and that above it models--OWNER--NAME.
         name = where.parts[-3].rpartition("--")[2]
     load_it = _load_folder if where.is_dir() else _load_file
-    lora = load_it(where, name, _How(allow_nonfinite, ignore, rank))
-    return lora.with_weights_renamed(rename) if rename else lora
+    lora = load_it(where, name, _How(allow_nonfinite, ignore))
+    lora = lora.with_weights_renamed(rename) if rename else lora
+    return lora if rank is None else cut_products(lora, rank)
 
 
 def save(
@@ -232,9 +231,9 @@ def _load_file(path: Path, name: str | None, how: _How) -> LoadedLora:
         weights = SafetensorsFile(file)
         reader = reader_of(weights.tensors, weights.metadata)
         if reader == "kohya":
-            return kohya.load(weights, name, how.allow_nonfinite, how.rank)
+            return kohya.load(weights, name, how.allow_nonfinite)
         if reader == "diffusers":
-            return diffusers.load(weights, name, how.allow_nonfinite, how.ignore, how.rank)
+            return diffusers.load(weights, name, how.allow_nonfinite, how.ignore)
         if not configured or reader not in ("peft", "mlx"):
             raise FormatError(f"{path}: it is {WITHOUT.get(reader, reader)}")
     return _load_configured(folder, name or path.stem, how, weights=file)

@@ -38,7 +38,6 @@ def load(
     name: str | None = None,
     allow_nonfinite: bool = False,
     ignore: Collection[str] = (),
-    rank: int | None = None,
 ) -> LoadedLora:
     """The adapter in an open file: the header is checked, factors and alphas stay in the file.
 
@@ -50,7 +49,7 @@ def load(
     problems = Problems(f"cannot load {tensors.path}")
     configs = _configs(tensors, problems, ignore)
     fields = _Scalings(configs, tensors, problems) if configs else None
-    modules = Modules(tensors, weight_of, allow_nonfinite, problems, fields.of if fields else None, rank)
+    modules = Modules(tensors, weight_of, allow_nonfinite, problems, fields.of if fields else None)
     for component, config in configs.items():
         _check_dora(component, config, modules, problems)
     problems.raise_any(FormatError)

@@ -23,12 +23,8 @@ from lorastack.formats.tensors import Tensors
 FORMAT_KEY = "lorastack.format"
 
 
-def load(
-    tensors: Tensors, name: str | None = None, allow_nonfinite: bool = False, rank: int | None = None
-) -> LoadedLora:
+def load(tensors: Tensors, name: str | None = None, allow_nonfinite: bool = False) -> LoadedLora:
     """The adapter in an open file: the header is checked, factors and alphas stay in the file.
-
-    ``rank`` is what a LoKr update of two full factors is cut to.
 
     Raises
     ------
@@ -36,7 +32,7 @@ def load(
         Listing every tensor that is no part of an update read here.
     """
     problems = Problems(f"cannot load {tensors.path}")
-    modules = Modules(tensors, weight_of, allow_nonfinite, problems, rank=rank)
+    modules = Modules(tensors, weight_of, allow_nonfinite, problems)
     problems.raise_any(FormatError)
     flat = any("." not in weight for values in (modules.how, *modules.extras.values()) for weight in values)
     return made(tensors, modules, "kohya" if flat else "hf", "kohya" if flat else "ComfyUI", name)

@@ -82,8 +82,6 @@ class Modules:
         Module, as the file spells it -> the weight's name.
     scaling_of
         (weight name, rank) -> its scaling where the file has no alpha for it; 1 when not given.
-    rank
-        The rank that updates are cut to which no low rank holds (LoKr of two full factors).
     """
 
     def __init__(
@@ -93,10 +91,9 @@ class Modules:
         allow_nonfinite: bool,
         problems: Problems,
         scaling_of: Callable[[str, int], float | None] | None = None,
-        rank: int | None = None,
     ) -> None:
         self.tensors, self.name_of, self.allow, self.problems = tensors, name_of, allow_nonfinite, problems
-        self._scaling_of, self.rank = scaling_of, rank
+        self._scaling_of = scaling_of
         self.how: dict[str, Pair | Expansion] = {}
         self.extras: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = []
@@ -265,10 +262,6 @@ class Modules:
             found = expand(factors, alpha)
             if isinstance(found, Expansion):
                 self.how[name] = found
-            elif self.rank is not None:
-                delta, error = found.best(self.rank)
-                self.how[name] = Expansion(lambda _: delta, alpha, self.rank, delta.out_features)
-                self.notes.append(f"{name} is cut to rank {delta.rank}, relative error {error:.3g}")
             else:
                 self.extras.setdefault("lokr", {})[name] = found
         except UnreadError as error:
