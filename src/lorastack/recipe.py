@@ -138,7 +138,8 @@ class Recipe(Provenance):
             base=base, allow_nonfinite=allow_nonfinite, ignore=ignore, drop_extras=drop_extras, rename=rename, rank=rank
         ):
             try:
-                to = naming or stack.naming
+                of_kohya = base is not None and base.naming == "hf" and lora.naming == "kohya"
+                to = naming or stack.naming or ("hf" if of_kohya else None)
                 if base is not None and to and to != lora.naming and "own" not in (to, lora.naming):
                     lora = convert_names(lora, base, to)
                 stack.push(lora, scale)

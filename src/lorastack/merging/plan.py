@@ -155,9 +155,9 @@ def _updates(name: str, change: Change, base: BaseModel, problems: Problems) -> 
         (part,) = place.parts
         if why := _unreadable(part):
             problems.add(f"weight {name} is {why}{ways(_FULL, _LIVE)}")
-        kind = change.terms[0].delta.kind if change.terms else None
+        kind = change.terms[0].delta.kind if change.terms else "conv" if change.dense and len(shape) > 2 else None
         turned = bool(change.terms) and base.turned(name, change.terms[0].delta)
-        return [(part, Update(name, shape_in_file(shape, kind), turned, *said))]
+        return [(part, Update(name, shape_in_file(shape, kind), turned, *said, dense=tuple(change.dense)))]
     if change.replaced is not None:
         problems.add(f"weight {name} is kept as {len(place.parts)} tensors, one for each expert; it cannot be replaced")
     experts, rows, columns = shape
