@@ -121,7 +121,7 @@ def test_so_is_one_with_the_names_of_fluxs_own_code(tmp_path: Path, front: str) 
     state = {}
     for key, value in _state(lora).items():
         module, _, part = key.removeprefix(front).partition(".lora_")
-        state[f"lora_unet_{module.replace('.', '_')}.{dict(A='lora_down', B='lora_up')[part[0]]}.weight"] = value
+        state[f"lora_unet_{module.replace('.', '_')}.{'lora_down' if part[0] == 'A' else 'lora_up'}.weight"] = value
     check(lora, theirs._convert_kohya_flux_lora_to_diffusers(state), "flux")
 
 

@@ -16,6 +16,7 @@ from lorastack.base.originals import originals
 from lorastack.core.delta import LoraDelta
 from lorastack.core.factor import Factor
 from lorastack.errors import NamingError
+from lorastack.formats.kohya_names import kohya_name
 
 #: A pipeline's models that adapters change; "" is a model by itself.
 _IMAGE, _TEXT = ("unet", "transformer", "transformer_2", "prior"), ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -157,18 +158,11 @@ class ForeignNames:
             model, path = "", weight.removesuffix(".weight")
         if path not in self._modules.get(model, {}):
             return None
-        key = path.replace(".", "_")
-        if key in self._flat[1].get(model, {}):
+        if path.replace(".", "_") in self._flat[1].get(model, {}):
             return None
-        if model in _TEXT or (not model and _is_text(path)):
-            number = {"text_encoder_2": "2", "text_encoder_3": "3"}.get(model, self._first_text)
-            return f"lora_te{number}_{key if key.startswith(('text_model_', 'encoder_block')) else f'text_model_{key}'}"
-        return f"lora_unet_{key}"
-
-    @cached_property
-    def _first_text(self) -> str:
-        """kohya numbers text encoders where there are several."""
-        return "1" if "text_encoder_2" in self._modules else ""
+        if not model:
+            weight = f"{'text_encoder' if _is_text(path) else 'unet'}.{path}"
+        return kohya_name(weight, "text_encoder_2" in self._modules)
 
 
 def rows_at(factor: Factor, place: Place) -> Factor:

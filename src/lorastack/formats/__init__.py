@@ -19,16 +19,14 @@ from lorastack.formats.opened import OpenedFile
 from lorastack.formats.others import WITHOUT, reader_of
 from lorastack.formats.peft_config import CONFIG_NAME, read_config
 from lorastack.formats.peft_files import stands_for_folder
-from lorastack.formats.peft_save import save_peft
 from lorastack.formats.products import cut_products
 from lorastack.formats.provenance import Provenance, sources_of
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.formats.shards import refuse_part
+from lorastack.formats.writers import DIFFUSERS_WEIGHTS, Format, writer_of
 from lorastack.hub import ADAPTER_FILES, resolve
 from lorastack.ways import drop_extras, ways
 
-#: What diffusers calls the file of an adapter's folder.
-DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 #: How far below a folder adapters are looked for, to name them.
 MAX_DEPTH = 4
 #: Elements of an array in the head of a model, whose vocabulary has one for each token.
@@ -97,18 +95,23 @@ def save(
     lora: LoadedLora,
     path: str | Path,
     *,
+    format: Format | None = None,
     dtype: str | None = None,
     force: bool = False,
     recipe: bool = True,
     architecture: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write an adapter: to a ``.gguf`` file as llama.cpp reads it, to any other name as a PEFT folder.
+    """Write an adapter, as the ending says: ``.gguf`` as llama.cpp reads it, any other name as a PEFT folder.
 
     The output is written beside its place and moved there whole.
 
     Parameters
     ----------
+    format
+        ``"kohya"`` or ``"comfyui"`` (a ``.safetensors`` file), ``"diffusers"`` (one, or a folder), ``"mlx"``,
+        ``"peft"`` (folders) or ``"gguf"``. When not given, the ending says it; a ``.safetensors`` file gets the format
+        that the adapter came from.
     dtype
         ``"f32"``, ``"f16"``, ``"bf16"`` or (GGUF) ``"q8_0"``; each factor keeps its own when not given.
     force
@@ -129,10 +132,9 @@ def save(
         When the output exists and ``force`` is not set, or it is nothing to replace.
     """
     path = Path(path)
-    if path.suffix in (".safetensors", ".bin"):
-        raise ArgumentError(f"{path}: an adapter is written as NAME.gguf, or as a PEFT folder: leave the ending out")
-    as_gguf = path.suffix == ".gguf"
+    as_file, write = writer_of(lora, path, format)
     if architecture is not None:
+        as_gguf = write is save_gguf
         said = lora.metadata.get("general.architecture")
         if not as_gguf or said not in (None, architecture):
             raise ArgumentError(
@@ -141,8 +143,7 @@ def save(
             )
         lora = replace(lora, metadata=MappingProxyType({**lora.metadata, "general.architecture": architecture}))
     _check_tokens(lora)
-    write = save_gguf if as_gguf else save_peft
-    with whole_output(path, force, folder=not as_gguf, sources=sources_of(lora)) as scratch:
+    with whole_output(path, force, folder=not as_file, sources=sources_of(lora)) as scratch:
         write(lora, scratch, dtype, Provenance.of_lora(lora).to_toml() if recipe else None, progress)
     return path
 
