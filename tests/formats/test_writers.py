@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -47,7 +46,7 @@ def pipeline() -> StableDiffusionPipeline:
         text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)),
         tokenizer=None,
         unet=UNet2DConditionModel(**UNET),
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -58,7 +57,9 @@ def parts_of(pipe: StableDiffusionPipeline) -> dict[str, torch.nn.Module]:
     return {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
 
 
-def adapter(pipe: StableDiffusionPipeline, seed: int, scalings: Any, dora: bool = False) -> LoadedLora:
+def adapter(
+    pipe: StableDiffusionPipeline, seed: int, scalings: Any, dora: bool = False, rank: int | None = None
+) -> LoadedLora:
     """An adapter of every kind of layer in the pipeline, each with a rank and a scaling of its own."""
     rng = np.random.default_rng(seed)
     deltas, magnitudes, numbers = {}, {}, itertools.cycle(scalings)
@@ -67,9 +68,9 @@ def adapter(pipe: StableDiffusionPipeline, seed: int, scalings: Any, dora: bool 
             if not name.endswith(TARGETS):
                 continue
             weight = f"{part}.{name}.weight"
-            shape, rank = tuple(module.weight.shape), int(rng.integers(1, 5))
-            a = rng.normal(size=(rank, *shape[1:])).astype(np.float32)
-            b = rng.normal(size=(shape[0], rank, *(1 for _ in shape[2:]))).astype(np.float32) * 0.1
+            shape, own_rank = tuple(module.weight.shape), rank or int(rng.integers(1, 5))
+            a = rng.normal(size=(own_rank, *shape[1:])).astype(np.float32)
+            b = rng.normal(size=(shape[0], own_rank, *(1 for _ in shape[2:]))).astype(np.float32) * 0.1
             deltas[weight] = LoraDelta(a, b, next(numbers), "conv" if len(shape) > 2 else "linear")
             norms = np.linalg.norm(module.weight.detach().numpy().reshape(shape[0], -1), axis=1)
             own = (norms * rng.uniform(0.8, 1.2, shape[0])).astype(np.float32)
@@ -136,13 +137,9 @@ def test_two_adapters_in_diffusers_are_the_sum_of_both(tmp_path: Path, several: 
 def test_a_kohya_file_is_what_diffusers_writes_as_one_and_reads_as_the_same(tmp_path: Path) -> None:
     pipe = pipeline()
     own = {f"unet.{n}": v.detach().clone().numpy() for n, v in pipe.unet.named_parameters()}
-    lora = adapter(pipe, 4, [0.5, 1.5])
+    lora = adapter(pipe, 4, [0.5], rank=3)  # diffusers loses alphas of kohya files that differ
     save(lora, tmp_path / "k.safetensors", format="kohya")
     ours = load_file(tmp_path / "k.safetensors")
-    save(lora, tmp_path / "d.safetensors", format="diffusers")
-    text = {k: v for k, v in load_file(tmp_path / "d.safetensors").items() if k.startswith("text_encoder.")}
-    theirs = convert_state_dict_to_kohya(text, original_type="peft") if False else None
-    assert theirs is None
     back = load(tmp_path / "k.safetensors")
     assert back.naming == "kohya"
     same(convert_names(back, base_of(parts_of(pipe)), "hf"), lora)
@@ -288,4 +285,3 @@ def test_a_format_lists_everything_that_it_cannot_hold_and_writes_nothing(tmp_pa
 def test_a_format_has_its_ending(tmp_path: Path, name: str, format: Any, said: str) -> None:
     with pytest.raises(ArgumentError, match=said):
         save(full(), tmp_path / name, format=format)
-    assert convert_all_state_dict_to_peft is not None

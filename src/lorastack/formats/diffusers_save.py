@@ -23,7 +23,8 @@ from lorastack.formats.safetensors_save import write_safetensors
 from lorastack.ways import Way, drop_extras, ways
 
 _CONVERT = Way("convert it with convert_names(lora, base)", "give --base to convert it")
-_ENDINGS = {"dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
+#: diffusers takes a magnitude without `.weight` too, and transformers then loses it in a text encoder.
+_ENDINGS = {"dora": "lora_magnitude_vector.weight", "lora_bias": "lora_B.bias"}
 
 
 def save_diffusers(

@@ -68,7 +68,8 @@ def _names(lora: LoadedLora, comfyui: bool) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: dict[str, str] = {}
     every = [*lora.adapters, *(n for kind in ("diff", "lokr") for n in lora.extras.get(kind, {}))]
-    every += [name.removesuffix(".bias") + ".weight" for name in lora.extras.get("diff_b", {})]
+    stems = [name.removesuffix(".bias") for name in lora.extras.get("diff_b", {})]
+    every += [f"{stem}.weight" if "." in stem else stem for stem in stems]
     several = has_several_text(every)
     for name in dict.fromkeys(every):
         found = _comfyui_name(name) if comfyui else _flat_name(name, lora, several)
@@ -98,9 +99,6 @@ def _names(lora: LoadedLora, comfyui: bool) -> dict[str, str]:
 def _flat_name(name: str, lora: LoadedLora, several: bool) -> str | None:
     if "." not in name:
         return name if lora.naming == "kohya" else None
-    flat = name.removesuffix(".weight")
-    if lora.naming == "kohya" and "." not in flat:  # of a bias
-        return flat
     return kohya_name(name, several) if is_text(name) else None
 
 
