@@ -236,6 +236,8 @@ class Modules:
             self._pair(name, parts, alpha)
         elif parts:
             self._expand(name, parts, alpha)
+        elif not extra:
+            self.problems.add(f"{where}: module {name} has an alpha and nothing else; save the adapter again")
         if len(self.problems.lines) == before:
             for part, key in extra.items():
                 self._extra(name, part, key)
