@@ -94,16 +94,18 @@ class Modules:
     ) -> None:
         self.tensors, self.name_of, self.allow, self.problems = tensors, name_of, allow_nonfinite, problems
         self._scaling_of = scaling_of
-        self.how: dict[str, Pair | Expansion] = {}
+        self.how: dict[str, str | Pair | Expansion] = {}
         self.extras: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = []
         self._alpha_keys: list[str] = []
+        #: Of a file of nothing but plain pairs, whose ``how`` are the modules' names in it.
+        self._endings = "", ""
         if not self._all_plain():
             self._sort()
         if not self.how and not self.extras and not problems:
             problems.add(f"{tensors.path}: it has no low-rank factors, so it would change nothing")
 
-    def build(self, name: str, how: Pair | Expansion) -> LoraDelta:
+    def build(self, name: str, how: str | Pair | Expansion) -> LoraDelta:
         """The update of one weight; its factors are not read.
 
         Raises
@@ -111,7 +113,11 @@ class Modules:
         FormatError
             Listing every alpha in the file that is no number with a meaning.
         """
-        if not isinstance(how, Pair):
+        if isinstance(how, str):
+            down, up = (how + ending for ending in self._endings)
+            alpha = f"{how}.alpha"
+            how = Pair(down, up, alpha if alpha in self.tensors.tensors else None, 1.0, True)
+        if isinstance(how, Expansion):
             return how.build(self._scaling(how.alpha, how.rank))
         scaling = how.scaling if how.alpha is None else self._scaling(how.alpha, self.tensors.tensors[how.a][1][0])
         a, b = self.tensors.factor(how.a, self.allow), self.tensors.factor(how.b, self.allow)
@@ -142,19 +148,19 @@ class Modules:
         """
         if self._scaling_of is not None:
             return False
-        tensors, how, alphas = self.tensors.tensors, self.how, self._alpha_keys
+        tensors, how, name_of = self.tensors.tensors, self.how, self.name_of
         nothing: Info = ("", (), 0, 0)
         down = next((end for end in _DOWNS for key in tensors if key.endswith(end)), None)
         if down is None:
             return False
         up = ".lora_up.weight" if down == _DOWNS[0] else ".lora_B.weight"
-        cut, count, name_of = -len(down), 0, self.name_of
-        for key, (dtype, shape, _, _) in tensors.items():
+        cut, count = -len(down), 0
+        for key in tensors:
             if not key.endswith(down):
                 continue
             stem = key[:cut]
-            key_b, alpha = stem + up, stem + ".alpha"
-            dtype_b, shape_b, _, _ = tensors.get(key_b, nothing)
+            dtype, shape, _, _ = tensors[key]
+            dtype_b, shape_b, _, _ = tensors.get(stem + up, nothing)
             if (
                 dtype not in FLOATS
                 or dtype_b not in FLOATS
@@ -165,20 +171,18 @@ class Modules:
                 or not shape_b[0]
             ):
                 break
+            alpha = tensors.get(stem + ".alpha")
+            if alpha is not None:
+                if alpha[1] not in ((), (1,)) or alpha[0] not in NUMBERS:
+                    break
+                count += 1
             count += 2
-            said = tensors.get(alpha)
-            if said is None:
-                how[name_of(stem)] = Pair(key, key_b, None, 1.0, True)
-                continue
-            if said[1] not in ((), (1,)) or said[0] not in NUMBERS:
-                break
-            count += 1
-            alphas.append(alpha)
-            how[name_of(stem)] = Pair(key, key_b, alpha, 1.0, True)
-        if count == len(tensors) and 2 * len(how) + len(alphas) == count:
+            how[stem if "." not in stem else name_of(stem)] = stem
+        self._endings = down, up
+        if count == len(tensors) and 2 * len(how) + sum(map(_is_alpha, tensors)) == count:
+            self._alpha_keys = list(filter(_is_alpha, tensors)) if count > 2 * len(how) else []
             return True
         how.clear()
-        alphas.clear()
         return False
 
     def _sort(self) -> None:
@@ -284,7 +288,8 @@ class Modules:
             self.problems.add(f"{where}: tensor {key}: " + (f"{why} is not read" if why else "it goes with no update"))
             return
         shape = factor.shape
-        if isinstance(how, Pair):
+        if not isinstance(how, Expansion):
+            assert isinstance(how, Pair)
             a, b = (self.tensors.tensors[one][1] for one in (how.a, how.b))
             out, conv = b[0], None if how.linear else len(a)
         else:
@@ -301,6 +306,10 @@ class Modules:
             kind = "lora_bias" if part == "lora_bias" else "dora"
             wanted = (1, out, *(1 for _ in range(conv - 2))) if conv and kind == "dora" else (out,)
             self.extras.setdefault(kind, {})[name] = factor.mapped(lambda x: x.reshape(wanted), wanted)
+
+
+def _is_alpha(key: str) -> bool:
+    return key.endswith(".alpha")
 
 
 def split(key: str) -> tuple[str, str]:
