@@ -14,7 +14,7 @@ from lorastack.base.names import convert_names, tied_in_gguf
 from lorastack.base.rows import Rows
 from lorastack.base.settle import settle
 from lorastack.core.adapter import LoadedLora
-from lorastack.core.extras import KINDS, NEVER_LIVE
+from lorastack.core.extras import KINDS, NEVER
 from lorastack.core.factor import Factor
 from lorastack.errors import LoraStackError
 from lorastack.ways import drop_extras, ways
@@ -79,7 +79,7 @@ def _same_as_stored(saved: Factor, base: BaseModel, name: str) -> bool:
 
 def _extra(kind: str, values: Mapping[str, Any], lora: LoadedLora, base: BaseModel) -> Iterator[str]:
     """What of one kind of extras does not fit."""
-    if kind in NEVER_LIVE:
+    if kind in NEVER:
         yield f"{kind}: {KINDS[kind]}, which cannot be honoured"
         return
     for name, value in values.items():
@@ -90,7 +90,7 @@ def _extra(kind: str, values: Mapping[str, Any], lora: LoadedLora, base: BaseMod
             yield from _tokens(name, ids, rows, base)
         elif (shape := base.shape_of(name)) is None:
             yield f"{kind} {name} is none of the base's {base.count} weights"
-        elif shape and value.shape != shape:
+        elif shape and value.shape != shape and not (kind in ("lokr", "diff") and _same_rows(value.shape, shape)):
             yield f"{kind} {name} is {list(value.shape)}, the base's {list(shape)}"
         elif (
             kind == "base_weight"
@@ -99,6 +99,11 @@ def _extra(kind: str, values: Mapping[str, Any], lora: LoadedLora, base: BaseMod
             and not _same_as_stored(value, base, name)
         ):
             yield changed_base(name, value.shape, shape)
+
+
+def _same_rows(shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
+    """Whether a file keeps a convolution's kernel flat."""
+    return shape[:1] == own[:1] and math.prod(shape) == math.prod(own)
 
 
 def changed_base(name: str, saved: tuple[int, ...], own: tuple[int, ...]) -> str:

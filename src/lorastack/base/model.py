@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorastack.base.architectures import Architecture, architecture_of
+from lorastack.base.foreign import ForeignNames
 from lorastack.base.spelling import TEXT_PARTS, other_spellings
 from lorastack.base.tables import Rename, live_names
 from lorastack.core.delta import Kind, LoraDelta
@@ -87,6 +88,11 @@ class BaseModel:
         for other in other_spellings(name, model_type, self.prefix, self._first_parts):
             if other in self.shapes:
                 return other
+        places = self.foreign.find(name)
+        if places:
+            return places[0].weight if len(places) == 1 and places[0].whole else None
+        if "." not in name:
+            return None
         rename = self._rename
         if rename is None:
             return self.live.own_name(name) if self.live else None
@@ -97,6 +103,11 @@ class BaseModel:
         """The shape of the weight ``name``, ``()`` where it cannot be told; None when the base has no such weight."""
         shape = self.shapes.get(name)
         return shape if shape is not None or name not in self._asked else self._asked[name]
+
+    @cached_property
+    def foreign(self) -> ForeignNames:
+        """What kohya, ComfyUI and the model's own code call its weights."""
+        return ForeignNames(self.shapes)
 
     @cached_property
     def live(self) -> BaseModel | None:

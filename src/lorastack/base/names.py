@@ -27,7 +27,7 @@ from lorastack.core.delta import LoraDelta
 from lorastack.core.factor import Factor
 from lorastack.core.lazy import LazyDeltas
 from lorastack.core.target import Naming, TargetModule, place_of
-from lorastack.errors import NamingError, Problems, UnsupportedError
+from lorastack.errors import ArgumentError, NamingError, Problems, UnsupportedError
 from lorastack.ways import SELECT, drop_extras, ways
 
 
@@ -51,7 +51,11 @@ def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = N
         When the architecture's row order is not known, or an extra cannot be converted.
     """
     base = base if isinstance(base, BaseModel) else open_base(base)
-    to = to or ("hf" if lora.naming == "gguf" else "gguf")
+    to = to or ("hf" if lora.naming in ("gguf", "kohya") else "gguf")
+    if to not in ("gguf", "hf"):
+        raise ArgumentError(f"names are converted to 'gguf' or 'hf', not to {to!r}")
+    if lora.naming == "kohya":
+        lora = _from_kohya(lora, base)
     if lora.naming == to:
         return settle(lora, base)
     if lora.naming == "own":
@@ -85,6 +89,23 @@ def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = N
         # What the file says of itself stays known; a plain dict, which can be pickled.
         as_loaded=lora.as_loaded or (lora.naming, dict(lora.metadata)),
     )
+
+
+def _from_kohya(lora: LoadedLora, base: BaseModel) -> LoadedLora:
+    """The adapter under the base's own names; NamingError lists the weights that have none."""
+    if base.naming != "hf":
+        raise NamingError(
+            f"{lora.name} has kohya names; which weights they are, only the list of a Hugging Face base says, and "
+            f"{base.name} is a GGUF file"
+        )
+    settled = settle(lora, base)
+    problems = Problems(f"{lora.name} does not fit base {base.name}")
+    for name in settled.adapters:
+        if base.shape_of(name) is None:
+            problems.add(f"weight {name} is none of the base's {base.count} weights")
+    problems.lines = in_short(problems.lines, lora, base)
+    problems.raise_any(NamingError)
+    return settled
 
 
 def lora_of_adapter(adapter: LoraAdapter, base: BaseModel, naming: Naming | None, name: str) -> LoadedLora:

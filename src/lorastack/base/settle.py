@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
-from typing import Any
 
 from lorastack.base.experts import LAYERS, beside, fused, halves, one_of, single, together
+from lorastack.base.extras import extras_at_places
+from lorastack.base.foreign import Place, delta_at
 from lorastack.base.model import BaseModel
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
@@ -21,15 +21,16 @@ _Build = Callable[[], LoraDelta]
 def settle(lora: LoadedLora, base: BaseModel) -> LoadedLora:
     """The same adapter, each weight under the base's own name; what has none there keeps its name.
 
-    Knows transformers' renamings, the prefix of a backbone saved by itself, and experts one by one or in one
-    parameter. Nothing is read.
+    Knows transformers' renamings, the prefix of a backbone saved by itself, experts one by one or in one parameter,
+    and the names of `foreign`. Nothing is read.
 
     Raises
     ------
     NamingError
         Listing every weight that two of the adapter's are.
     """
-    if lora.naming != base.naming or (all(name in base.shapes for name in lora.adapters) and _extras_fit(lora, base)):
+    named = lora.naming == base.naming or (lora.naming == "kohya" and base.naming == "hf")
+    if not named or (all(name in base.shapes for name in lora.adapters) and _extras_fit(lora, base)):
         return lora
     found = _Found()
     groups: dict[str, dict[tuple[str, int], str]] = {}
@@ -38,7 +39,10 @@ def settle(lora: LoadedLora, base: BaseModel) -> LoadedLora:
         if one and (holder := own if own and fused(own) else None if own else _holder(base, one[0], one[2])):
             groups.setdefault(holder, {})[one[2], one[1]] = name
         elif own is not None:
-            found.add(own, name, partial(lora.adapters.__getitem__, name))
+            found.add(own, name, partial(_at, lora, name, Place(own), base))
+        elif places := base.foreign.find(name):
+            for place in places:
+                found.add(place.weight, name, partial(_at, lora, name, place, base))
         elif (whole := fused(name)) and (singles := _singles(base, *whole)):
             for part, number, own in singles:
                 found.add(own, name, partial(_taken, lora, name, part, number))
@@ -51,8 +55,10 @@ def settle(lora: LoadedLora, base: BaseModel) -> LoadedLora:
     return replace(
         lora,
         adapters=LazyDeltas(found.builds, lambda _, build: build()),
-        extras=MappingProxyType({kind: _settled(values, base) for kind, values in lora.extras.items()}),
-        history=(*lora.history, ("names", lora.naming)),
+        extras=extras_at_places(lora, base),
+        naming=base.naming,
+        history=(*lora.history, ("names", base.naming)),
+        as_loaded=lora.as_loaded or ((lora.naming, dict(lora.metadata)) if lora.naming == "kohya" else None),
     )
 
 
@@ -74,8 +80,9 @@ def _extras_fit(lora: LoadedLora, base: BaseModel) -> bool:
     return all(name in base.shapes for kind, values in lora.extras.items() if kind != "alora" for name in values)
 
 
-def _settled(values: Mapping[str, Any], base: BaseModel) -> Mapping[str, Any]:
-    return MappingProxyType({base.own_name(name) or name: value for name, value in values.items()})
+def _at(lora: LoadedLora, name: str, place: Place, base: BaseModel) -> LoraDelta:
+    """The update of one of the base's weights out of that of the adapter's weight ``name``."""
+    return delta_at(lora.adapters[name], place, base.shape_of(place.weight))
 
 
 def _holder(base: BaseModel, block: str, part: str) -> str | None:

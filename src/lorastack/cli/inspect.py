@@ -87,6 +87,11 @@ def _print(found: list[Inspection]) -> None:
         "types": [", ".join(one.dtypes) for one in found],
         "parameters": [f"{one.parameters:,}" for one in found],
         "size": ["" if one.size is None else bytes_in_words(one.size) for one in found],
+        "network": [one.training.get("network", "") for one in found],
+        "resolution": [one.training.get("resolution", "") for one in found],
+        "trigger words": [", ".join(one.training.get("trigger_words", ())[:5]) for one in found],
+        "tags": [", ".join(f"{tag} {n}" for tag, n in one.training.get("tags", ())[:8]) for one in found],
+        "hashes": [", ".join(f"{kind} {value}" for kind, value in one.hashes.items()) for one in found],
         "made of": ["a recipe (--json shows it)" if one.recipe else "" for one in found],
     }
     said = {title: cells for title, cells in fields.items() if any(cells)}

@@ -21,9 +21,11 @@ from lorastack.formats.peft import RECIPE_KEY
 from lorastack.formats.peft_config import CONFIG_NAME
 from lorastack.formats.peft_files import WEIGHTS
 from lorastack.formats.peft_keys import PREFIX
-from lorastack.formats.safetensors_save import Entry, write_safetensors
+from lorastack.formats.safetensors_save import Entry, kept, write_safetensors
 from lorastack.ways import CONVERT, drop_extras, ways
 
+#: Extras that PEFT has no place for.
+_NOT_HELD = ("norm", "lokr", "diff", "diff_b")
 #: Fields that say what the adapter is for, which views and bakes leave true.
 _KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out")
 
@@ -58,12 +60,12 @@ def save_peft(
 
 def _check(lora: LoadedLora) -> None:
     problems = Problems(f"{lora.name} cannot be written as a PEFT folder")
-    if lora.naming == "gguf":
-        problems.add(f"its weights have GGUF names{ways(CONVERT)}")
+    if lora.naming in ("gguf", "kohya"):
+        problems.add(f"its weights have {'GGUF' if lora.naming == 'gguf' else 'kohya'} names{ways(CONVERT)}")
     if not lora.adapters:
         problems.add("it has no weights")
     for name, delta in lora.adapters.items():
-        if delta.kind != "experts" and not name.endswith(".weight"):
+        if delta.kind != "experts" and lora.naming != "kohya" and not name.endswith(".weight"):
             problems.add(f"weight {name}: its name does not end with .weight, which PEFT's modules have")
         if not is_text(name):
             problems.add(f"weight {shown(name)}: the name is no text that UTF-8 holds")
@@ -72,8 +74,9 @@ def _check(lora: LoadedLora) -> None:
     named = lora.metadata.get("modules_to_save")
     if lora.extras.get("modules_to_save") and named is not None and not isinstance(named, list):
         problems.add(f"modules_to_save is {shown(named)}, expected names{ways(drop_extras('modules_to_save'))}")
-    for name in lora.extras.get("norm", {}):
-        problems.add(f"norm: {KINDS['norm']}, {name}{ways(drop_extras('norm'))}")
+    for kind in _NOT_HELD:
+        for name in lora.extras.get(kind, {}):
+            problems.add(f"{kind}: {KINDS[kind]}, {name}{ways(drop_extras(kind))}")
     problems.raise_any(FormatError)
 
 
@@ -82,19 +85,19 @@ def _config(lora: LoadedLora) -> dict[str, Any]:
     parameters = {name: delta for name, delta in lora.adapters.items() if delta.kind == "experts"}
     looked_up = modules | parameters  # in rank_pattern and alpha_pattern: by module, or by parameter with its name
     rank = Counter(delta.rank for delta in looked_up.values()).most_common(1)[0][0]
-    alpha, rslora, odd = _scaling(looked_up)
+    alpha, rslora, odd = scalings(looked_up)
     config: dict[str, Any] = {key: lora.metadata[key] for key in _KEPT if lora.metadata.get(key)}
     config |= {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": _whole(alpha),
+        "lora_alpha": whole(alpha),
         "lora_dropout": 0.0,
         "use_rslora": rslora,
         "init_lora_weights": True,
         "inference_mode": True,
         "target_modules": sorted(modules),
         "rank_pattern": {pattern_key(m): d.rank for m, d in looked_up.items() if d.rank != rank},
-        "alpha_pattern": {pattern_key(m): _whole(alpha) for m, alpha in odd.items()},
+        "alpha_pattern": {pattern_key(m): whole(alpha) for m, alpha in odd.items()},
     }
     if parameters:
         config["target_parameters"] = sorted(parameters)
@@ -120,7 +123,7 @@ def _config_of_extras(lora: LoadedLora) -> dict[str, Any]:
     return config
 
 
-def _scaling(owners: Mapping[str, LoraDelta]) -> tuple[float, bool, dict[str, float]]:
+def scalings(owners: Mapping[str, LoraDelta]) -> tuple[float, bool, dict[str, float]]:
     """(lora_alpha, use_rslora, alpha of the modules that need another): the simplest that is exact.
 
     PEFT computes alpha/rank, or alpha/√rank under rsLoRA, in float64.
@@ -144,7 +147,7 @@ def _tidy(alpha: float, scaling: float, divisor: float) -> float:
     return nearest if abs(nearest / divisor - scaling) <= 1e-15 * abs(scaling) else alpha
 
 
-def _whole(value: float) -> float | int:
+def whole(value: float) -> float | int:
     # Above 2**53 a float is no longer one certain whole number, and JSON's end at 64 bits.
     return int(value) if float(value).is_integer() and abs(value) <= 1 << 53 else value
 
@@ -185,14 +188,8 @@ def _entries(lora: LoadedLora, dtype: str | None) -> Iterator[Entry]:
 
 
 def _entry(key: str, factor: Factor, dtype: str | None) -> Entry:
-    kind = dtype or _kept(factor)
+    kind = dtype or kept(factor)
     return key, factor.shape, kind, lambda: factor.cast(1.0, dtypes.numpy_type(kind))
-
-
-def _kept(factor: Factor) -> str:
-    """The type a factor is written in when none is asked for; safetensors has no q8_0."""
-    kind = dtypes.short_name(factor.stored)
-    return "f32" if kind == "q8_0" else kind
 
 
 def _inner_parameters(lora: LoadedLora) -> dict[str, str]:
