@@ -15,11 +15,13 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lorastack.base.architectures import Architecture, architecture_of, row_order, rows_misfit
+from lorastack.base.architectures import Architecture
 from lorastack.base.gguf_experts import gguf_experts, hf_experts
 from lorastack.base.hint import in_short
+from lorastack.base.latent import join, split
 from lorastack.base.model import BaseModel
 from lorastack.base.opening import open_base
+from lorastack.base.row_order import row_order, rows_misfit
 from lorastack.base.settle import settle
 from lorastack.base.spelling import TEXT_PARTS
 from lorastack.core.adapter import LoadedLora, LoraAdapter
@@ -58,14 +60,14 @@ def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = N
         raise NamingError(f"{lora.name} has names of its own; only GGUF and Hugging Face names can be converted")
     arch = base.architecture
     _check_architecture(lora, base, arch)
-    lora = gguf_experts(settle(lora, base), base) if to == "gguf" else hf_experts(lora, base)
+    lora = split(gguf_experts(settle(lora, base), base), base) if to == "gguf" else join(hf_experts(lora, base), base)
     names = to_gguf_names(lora, base) if to == "gguf" else to_hf_names(lora, base)
     _check_shapes(lora, base, names)
     _check_rows(lora, base, names if to == "gguf" else {name: name for name in names})
 
     def rows(old: str) -> Any:
         gguf_name = names[old] if to == "gguf" else old
-        return row_order(arch, gguf_name, base.heads, base.kv_heads, to)
+        return row_order(base, gguf_name, to)
 
     back = {new: old for old, new in names.items()}
 
@@ -120,7 +122,7 @@ def lora_of_adapter(adapter: LoraAdapter, base: BaseModel, naming: Naming | None
     if base.naming == "gguf":
         # Named as GGUF names them, but still in Hugging Face's row order.
         for key, delta in deltas.items():
-            deltas[key] = move_rows(delta, row_order(base.architecture, key, base.heads, base.kv_heads, "gguf"))
+            deltas[key] = move_rows(delta, row_order(base, key, "gguf"))
     lora = LoadedLora(name, MappingProxyType(deltas), naming=base.naming, metadata=_metadata(base))
     return lora if naming == base.naming else convert_names(lora, base, naming)
 
@@ -189,7 +191,7 @@ def to_gguf_names(lora: LoadedLora, base: BaseModel) -> dict[str, str]:
 
 def gguf_name(name: str, base: BaseModel) -> str | None:
     """The GGUF name of a weight by its Hugging Face name; None where the architecture has none."""
-    if name.startswith("blk."):  # experts, which are named already
+    if name.startswith("blk."):  # experts and latent attention, which are named already
         return name
     table = _name_map(base.architecture.gguf, base.layers)
     # A text part, and a backbone saved by itself, are named as the text model is.
@@ -247,7 +249,7 @@ def _name_map(arch: str, layers: int) -> gguf.TensorNameMap:
 
 def _check_architecture(lora: LoadedLora, base: BaseModel, arch: Architecture) -> None:
     said = lora.metadata.get("general.architecture")
-    if lora.naming == "gguf" and said is not None and architecture_of(said, "gguf").gguf != arch.gguf:
+    if lora.naming == "gguf" and said is not None and said != arch.gguf:
         raise NamingError(f"{lora.name} is for architecture {said!r}, base {base.name} is {arch.gguf!r}")
 
 
@@ -266,7 +268,7 @@ def _check_rows(lora: LoadedLora, base: BaseModel, names: Mapping[str, str]) -> 
     problems = Problems(f"{lora.name} does not fit base {base.name}")
     for name, found in names.items():
         rows = lora.adapters[name].out_features
-        if problem := rows_misfit(base.architecture, found, base.heads, base.kv_heads, rows):
+        if problem := rows_misfit(base, found, rows):
             problems.add(f"weight {name}: {problem}, which the base's configuration says it has")
     problems.raise_any(NamingError)
 
