@@ -197,8 +197,10 @@ def gguf_name(name: str, base: BaseModel) -> str | None:
     # A text part, and a backbone saved by itself, are named as the text model is.
     plain = [name.removeprefix(part) for part in TEXT_PARTS if name.startswith(part)][:1] or [name]
     spelt = [name, *(f"{prefix}{plain[0]}" for prefix in ("", f"{base.architecture.prefix}."))]
-    if base.text_prefix and not name.startswith(base.text_prefix) and name != "lm_head.weight":
+    if base.text_prefix and not name.startswith(base.text_prefix) and plain[0] != "lm_head.weight":
         return None
+    # gguf knows Granite's router as files have it.
+    spelt += [one.replace(".block_sparse_moe.router.", ".block_sparse_moe.router.layer.") for one in spelt]
     return next((found for one in spelt if (found := table.get_name(one, try_suffixes=(".weight",)))), None)
 
 
