@@ -23,7 +23,7 @@ class Architecture(NamedTuple):
     #: "keep"; "rotary": rows of q and k interleaved by rotary pair; "fused": rows of a fused qkv by part, not head;
     #: "groups": rows of a fused qkv by part, not group of heads that share a key.
     rows: Rows = "keep"
-    #: Prefix of the model's own weight names, which some files on the hub leave out.
+    #: Prefix of the model's own weight names, which some files on the hub leave out; none where there are several.
     prefix: str = "model"
     #: How gate and up lie in the parameter of all experts: one half each, or row by row in turn.
     experts: Literal["halves", "turns"] = "halves"
@@ -39,7 +39,7 @@ _LISTED = (
     Architecture("OlmoForCausalLM", "olmo", "rotary"),
     Architecture("ArceeForCausalLM", "arcee", "rotary"),
     Architecture("Ministral3ForCausalLM", "mistral3", "rotary"),
-    Architecture("Mistral3ForConditionalGeneration", "mistral3", "rotary"),
+    Architecture("Mistral3ForConditionalGeneration", "mistral3", "rotary", ""),
     Architecture("BambaForCausalLM", "granitehybrid", "rotary"),
     Architecture("Qwen2ForCausalLM", "qwen2"),
     Architecture("Qwen2MoeForCausalLM", "qwen2moe"),
@@ -47,14 +47,14 @@ _LISTED = (
     Architecture("Qwen2_5_VLForConditionalGeneration", "qwen2vl"),
     Architecture("Qwen3ForCausalLM", "qwen3"),
     Architecture("Qwen3MoeForCausalLM", "qwen3moe"),
-    Architecture("Qwen3VLForConditionalGeneration", "qwen3vl"),
-    Architecture("Qwen3VLMoeForConditionalGeneration", "qwen3vlmoe"),
+    Architecture("Qwen3VLForConditionalGeneration", "qwen3vl", prefix=""),
+    Architecture("Qwen3VLMoeForConditionalGeneration", "qwen3vlmoe", prefix=""),
     Architecture("GemmaForCausalLM", "gemma"),
     Architecture("Gemma2ForCausalLM", "gemma2"),
     Architecture("Gemma3ForCausalLM", "gemma3"),
     Architecture("Gemma3nForCausalLM", "gemma3n"),
     Architecture("Gemma4ForCausalLM", "gemma4"),
-    Architecture("Gemma4ForConditionalGeneration", "gemma4"),
+    Architecture("Gemma4ForConditionalGeneration", "gemma4", prefix=""),
     Architecture("PhiForCausalLM", "phi2"),
     Architecture("Phi3ForCausalLM", "phi3"),
     Architecture("PhimoeForCausalLM", "phimoe"),
@@ -66,7 +66,7 @@ _LISTED = (
     Architecture("Cohere2ForCausalLM", "cohere2"),
     Architecture("GlmForCausalLM", "chatglm"),
     Architecture("Glm4ForCausalLM", "glm4"),
-    Architecture("Glm4vForConditionalGeneration", "glm4"),
+    Architecture("Glm4vForConditionalGeneration", "glm4", prefix=""),
     Architecture("Glm4MoeForCausalLM", "glm4moe"),
     Architecture("SolarOpenForCausalLM", "glm4moe"),
     Architecture("StableLmForCausalLM", "stablelm"),
@@ -94,7 +94,7 @@ _LISTED = (
     Architecture("Lfm2MoeForCausalLM", "lfm2moe"),
     Architecture("Dots1ForCausalLM", "dots1"),
     Architecture("Llama4ForCausalLM", "llama4"),
-    Architecture("Llama4ForConditionalGeneration", "llama4"),
+    Architecture("Llama4ForConditionalGeneration", "llama4", prefix=""),
     Architecture("DeepseekV2ForCausalLM", "deepseek2"),
     Architecture("DeepseekV3ForCausalLM", "deepseek2"),
     Architecture("Glm4MoeLiteForCausalLM", "deepseek2"),
@@ -128,7 +128,7 @@ _LINEAR = "how the heads of its linear attention are reordered is not settled"
 _HYBRID = "whether the rows of q and k are interleaved depends on how the configuration spells its layers"
 _ABSENT = "llama.cpp converts no such model, so that there is no GGUF of it"
 #: Classes, and architectures of GGUF, that are refused for a reason of their own.
-_REFUSED = {
+REFUSED = {
     "GraniteMoeHybridForCausalLM": _HYBRID,
     "granitehybrid": f"{_HYBRID}, and the file is of Bamba as well",
     **dict.fromkeys(
@@ -158,8 +158,8 @@ def architecture_of(name: str | None, naming: str, text_type: str | None = None)
         When it is not listed.
     """
     table = BY_GGUF if naming == "gguf" else BY_HF
-    if name in _REFUSED:
-        raise UnsupportedError(f"architecture {name!r}: {_REFUSED[name]}, so names are not converted; {_INSTEAD}")
+    if name in REFUSED:
+        raise UnsupportedError(f"architecture {name!r}: {REFUSED[name]}, so names are not converted; {_INSTEAD}")
     if name in table:
         return table[name]
     if naming == "hf":

@@ -196,7 +196,7 @@ def gguf_name(name: str, base: BaseModel) -> str | None:
     table = _name_map(base.architecture.gguf, base.layers)
     # A text part, and a backbone saved by itself, are named as the text model is.
     plain = [name.removeprefix(part) for part in TEXT_PARTS if name.startswith(part)][:1] or [name]
-    spelt = [name, *(f"{prefix}{plain[0]}" for prefix in ("", f"{base.architecture.prefix}."))]
+    spelt = [name, *(f"{prefix}{plain[0]}" for prefix in ("", f"{base.architecture.prefix or 'model'}."))]
     if base.text_prefix and not name.startswith(base.text_prefix) and plain[0] != "lm_head.weight":
         return None
     # gguf knows Granite's router as files have it.
