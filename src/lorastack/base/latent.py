@@ -97,9 +97,9 @@ def join(lora: LoadedLora, base: BaseModel) -> LoadedLora:
         if match is None or match[1] not in layers:
             deltas[name] = delta
         elif (whole := names[match[1]]) not in deltas:
-            parts = (lora.get(f"blk.{match[1]}.attn_{part}_b.weight") for part in "kv")
+            key, value = (lora.get(f"blk.{match[1]}.attn_{part}_b.weight") for part in "kv")
             try:
-                deltas[whole] = _joined(*parts, _sizes(base, match[1]))
+                deltas[whole] = _joined(key, value, _sizes(base, match[1]))
             except UnsupportedError as error:
                 problems.add(f"weight {name}: {error}{ways(SELECT)}")
     problems.raise_any(UnsupportedError)
@@ -125,7 +125,9 @@ def _value(delta: LoraDelta, sizes: Sizes) -> LoraDelta:
     a, b = delta.factors
     heads, rank = sizes.heads, delta.rank
     by_head = _heads(b, sizes, slice(sizes.key, None), (heads, sizes.value, rank), turned=False)
-    return LoraDelta(_shared(a, heads, (heads, rank, delta.in_features), lambda x: x), by_head, delta.scaling, "experts")
+    return LoraDelta(
+        _shared(a, heads, (heads, rank, delta.in_features), lambda x: x), by_head, delta.scaling, "experts"
+    )
 
 
 def _heads(b: Factor, sizes: Sizes, rows: slice, shape: tuple[int, ...], turned: bool) -> Factor:

@@ -173,6 +173,8 @@ def to_gguf_names(lora: LoadedLora, base: BaseModel) -> dict[str, str]:
                 f"weight {name} is not of the text part; llama.cpp keeps pictures and sound in a file of its own "
                 f"(mmproj), which takes no adapter{ways(SELECT)}"
             )
+        elif lora.adapters[name].kind == "conv":
+            problems.add(f"weight {name} is a convolution, to which llama.cpp adds no update{ways(SELECT)}")
         elif found is None:
             problems.add(f"weight {name} has no GGUF name in architecture {base.architecture.gguf}")
         elif found in taken:
@@ -201,7 +203,8 @@ def gguf_name(name: str, base: BaseModel) -> str | None:
         return None
     # gguf knows Granite's router as files have it.
     spelt += [one.replace(".block_sparse_moe.router.", ".block_sparse_moe.router.layer.") for one in spelt]
-    return next((found for one in spelt if (found := table.get_name(one, try_suffixes=(".weight",)))), None)
+    found = next((found for one in spelt if (found := table.get_name(one, try_suffixes=(".weight",)))), None)
+    return found if found and found.endswith(".weight") else None  # Mamba's A is kept as its exponential
 
 
 def tied_in_gguf(name: str, base: BaseModel) -> str | None:
@@ -289,7 +292,10 @@ def _convert_extras(lora: LoadedLora, names: Mapping[str, str], rows: Any) -> di
     lost: list[str] = []
     for kind, values in lora.extras.items():
         if kind in ("dora", "lora_bias"):
-            converted[kind] = {names[name]: _rows_of(factor, rows(name)) for name, factor in values.items()}
+            converted[kind] = {
+                n: _rows_of(factor, rows(old)) for old, factor in values.items() if (n := names.get(old))
+            }
+            lost += [f"{kind}: {name}" for name in values if name not in names]
         elif kind == "alora":
             converted[kind] = dict(values)
         elif kind != "base_weight":  # which changes nothing
