@@ -20,6 +20,7 @@ from lorastack import LoadedLora, LoraDelta, LoraStack, convert_names, load, mer
 from lorastack.base import BaseModel, open_base
 from lorastack.base.architectures import BY_HF, REFUSED, architecture_of
 from lorastack.errors import FormatError, LoraStackError, NamingError, UnsupportedError
+from lorastack.formats.gguf_left_out import BY_ARCHITECTURE, EVERYWHERE
 from tests.fixtures.make_architectures import FIXTURE
 
 SAID: dict[str, dict[str, Any]] = json.loads(FIXTURE.read_text())
@@ -299,6 +300,13 @@ def test_what_is_not_settled_is_refused_with_a_reason_and_a_way_out(name: str) -
         architecture_of(name, naming)
     assert REFUSED[name] in str(caught.value)
     assert "attach it, or merge it into the Hugging Face base and convert that" in str(caught.value)
+
+
+def test_the_docs_name_every_architecture_and_everything_that_is_left_out() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "gguf.md").read_text()
+    said = {*re.findall(r"`([^`]+)`", page)}
+    assert {name for name in (*BY_HF, *REFUSED) if name[0].isupper()} - said == set()
+    assert {*BY_ARCHITECTURE, *EVERYWHERE, *frozenset().union(*BY_ARCHITECTURE.values())} - said == set()
 
 
 # ---- falcon's groups, by its configuration

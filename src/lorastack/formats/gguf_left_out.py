@@ -8,10 +8,10 @@ would lose that part without a word.
 from __future__ import annotations
 
 #: Looked up, not multiplied, wherever there is one.
-_EVERYWHERE = frozenset({"position_embd", "token_types", "per_layer_token_embd"})
+EVERYWHERE = frozenset({"position_embd", "token_types", "per_layer_token_embd"})
 #: DeepSeek's latent attention, which is multiplied out ahead; and the head beside it.
 _LATENT = frozenset({"attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b"})
-_BY_ARCHITECTURE = {
+BY_ARCHITECTURE = {
     "deepseek2": _LATENT | {"attn_q", "attn_k_b", "attn_v_b", "output"},
     "minicpm3": _LATENT,
     "gemma3n": frozenset({"per_layer_model_proj", "altup_proj", "altup_unembd_proj", "altup_router"}),
@@ -26,4 +26,4 @@ def left_out(architecture: str, name: str) -> bool:
     (True, False)
     """
     stem = name.removesuffix(".weight").rpartition(".")[2]
-    return stem in _EVERYWHERE or stem in _BY_ARCHITECTURE.get(architecture, ())
+    return stem in EVERYWHERE or stem in BY_ARCHITECTURE.get(architecture, ())
