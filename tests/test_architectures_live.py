@@ -29,7 +29,7 @@ NOT_ALIKE = {
         "without an adapter this tiny model has other logits in llama.cpp than in transformers",
     ),
     **dict.fromkeys(
-        "dots1 exaone_moe gemma3n_text phimoe minicpm3 llama4 llama4_text qwen2_vl qwen2_5_vl qwen3_vl "
+        "dots1 exaone_moe solar_open gemma3n_text phi phimoe minicpm3 llama4 llama4_text qwen2_vl qwen2_5_vl qwen3_vl "
         "qwen3_vl_moe".split(),
         "llama.cpp does not load a model of these sizes",
     ),
