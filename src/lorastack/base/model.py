@@ -171,17 +171,30 @@ class BaseModel:
     @property
     def layers(self) -> int:
         """How many blocks the model has."""
-        return self._number("block_count", "num_hidden_layers", "n_layer", "num_layers", most=MAX_LAYERS)
+        return self._number("block_count", "num_hidden_layers", "n_layer", "num_layers", "n_layers", most=MAX_LAYERS)
 
     @property
     def heads(self) -> int:
         """Attention heads."""
-        return self._number("attention.head_count", "num_attention_heads", "n_head", most=MAX_HEADS)
+        return self._number("attention.head_count", "num_attention_heads", "n_head", "n_heads", most=MAX_HEADS)
 
     @property
     def kv_heads(self) -> int:
         """Key/value heads; as many as heads when the configuration names none."""
+        if self.naming == "hf" and self.config.get("model_type") == "falcon":
+            return self._falcon_groups
         return self._number("attention.head_count_kv", "num_key_value_heads", most=MAX_HEADS, default=self.heads)
+
+    @property
+    def _falcon_groups(self) -> int:
+        """How many keys Falcon has: transformers reads the number of the new decoder only, and one where not told."""
+        if self.config.get("new_decoder_architecture"):
+            return self._number("", "num_kv_heads", "n_head_kv", most=MAX_HEADS, default=self.heads)
+        return 1 if self.config.get("multi_query", True) else self.heads
+
+    def number(self, key: str) -> int:
+        """A whole number of the configuration, at most that of the heads there can be."""
+        return self._number(key, key, most=MAX_HEADS)
 
     @property
     def quantised(self) -> bool:
@@ -284,6 +297,8 @@ class BaseModel:
                 value = said.get(key)
                 if value is None:
                     continue
+                if isinstance(value, list):  # layer by layer, 0 for those without attention
+                    value = _the_one(value)
                 if type(value) is int and 0 < value <= most:
                     return value
                 raise FormatError(
@@ -292,3 +307,9 @@ class BaseModel:
         if default is not None:
             return default
         raise FormatError(f"base {self.name}: its configuration names no {' or '.join(keys)}")
+
+
+def _the_one(values: list[Any]) -> Any:
+    """The number that a list of each layer's has, zeros left out; the list itself where it has several."""
+    others = [value for value in values if value != 0]
+    return others[0] if others and all(value == others[0] for value in others) else values

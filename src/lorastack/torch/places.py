@@ -102,11 +102,15 @@ class Places:
         config: Any = getattr(model, "config", None)
         said = config.to_dict() if hasattr(config, "to_dict") else dict(vars(config)) if config is not None else {}
         shapes: dict[str, tuple[int, ...]] = {}
+        first: dict[int, str] = {}
+        tied: dict[str, str] = {}
         for path, module in self.modules.items():
             start = f"{path}." if path else ""
             for name, tensor in module._parameters.items():
                 if tensor is not None:
                     shapes[start + name] = tuple(tensor.shape) if tensor.is_floating_point() else ()
+                    if (of := first.setdefault(id(tensor), start + name)) != start + name:
+                        tied[start + name] = of
             if _kind(
                 module, "weight"
             ):  # a quantised module has its weight under other names, and in a shape of its own
@@ -121,6 +125,7 @@ class Places:
             said,
             shapes,
             prefix=getattr(model, "base_model_prefix", None),
+            tied=tied,
             renaming=lambda: renaming_of_model(model),
         )
 
