@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lorastack.base.architectures import Architecture, architecture_of
+from lorastack.base.parts import in_pipeline, in_text_encoder
 from lorastack.base.spelling import TEXT_PARTS, other_spellings
 from lorastack.base.tables import Rename, live_names
 from lorastack.core.delta import Kind, LoraDelta
@@ -64,6 +66,8 @@ class BaseModel:
         Names of ``shapes`` that are another weight under a second name: the head of a model that ties it.
     renaming
         transformers' own renaming of this model, for a live one; a base from files asks its class when it has to.
+    parts
+        The models of an image pipeline, whose names are the fronts of its weights'; empty for a single model.
     """
 
     name: str
@@ -75,6 +79,7 @@ class BaseModel:
     prefix: str | None = None
     tied: Mapping[str, str] = field(default_factory=dict, repr=False)
     renaming: Callable[[], Rename | None] | None = field(default=None, repr=False, compare=False)
+    parts: tuple[str, ...] = field(default=(), repr=False)
 
     def own_name(self, name: str) -> str | None:
         """The base's own name of the weight that an adapter calls ``name``; None when it has none.
@@ -84,7 +89,9 @@ class BaseModel:
         if name in self.shapes or self.naming != "hf":
             return name if name in self.shapes else None
         model_type = self.config.get("model_type")
-        for other in other_spellings(name, model_type, self.prefix, self._first_parts):
+        if self.parts:
+            return next((other for other in in_pipeline(name, self.parts) if other in self.shapes), None)
+        for other in chain(in_text_encoder(name), other_spellings(name, model_type, self.prefix, self._first_parts)):
             if other in self.shapes:
                 return other
         rename = self._rename

@@ -16,6 +16,7 @@ from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, Problems, UnknownNameError, UnsupportedError, did_you_mean
 from lorastack.torch.assembly import Assembly, Live, Report
 from lorastack.torch.experts import LiveParameter
+from lorastack.torch.parts import Parts, roots_of
 from lorastack.torch.plan import Plan, plan_of_context
 from lorastack.torch.rows import Mixture
 
@@ -184,9 +185,15 @@ class Handle:
         ShapeError
             In a pass whose batch has another number of rows.
         UnsupportedError
-            Listing every adapter with DoRA, biases, saved modules, new tokens or experts, which have no row.
+            Listing every adapter with DoRA, biases, saved modules, new tokens or experts, which have no row; and on a
+            pipeline, which makes rows of its own of the prompts.
         """
         self._check_attached()
+        if isinstance(self.model, Parts):
+            raise UnsupportedError(
+                f"rows() cannot tell the rows of a {type(self.model).__name__}: for guidance, and for several images, "
+                "it has each prompt in a batch several times; call it once for each mixture, between set_scales()"
+            )
         mixtures = [dict(mixture) for mixture in mixtures]
         self._table(mixtures)
         if copies < 1:
@@ -258,7 +265,8 @@ class Handle:
         self._check_free("detach()")
         self._assembly.clear()
         self.attached = False
-        ATTACHED.pop(self.model, None)
+        for root in roots_of(self.model):
+            ATTACHED.pop(root, None)
 
     def __enter__(self) -> Handle:
         return self
