@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPTokenizer,
     T5Config,
     T5EncoderModel,
 )
@@ -27,35 +29,12 @@ from transformers import (
 from lorastack import LoadedLora
 
 
-class Words:
-    """A tokenizer of letters: ids of ``length`` that a text is, which is all that pipelines ask of it."""
-
-    model_max_length = 77
-
-    def __init__(self, length: int = 77) -> None:
-        self.model_max_length = length
-        self.added_tokens_encoder: dict[str, int] = {}
-
-    def __call__(self, text: str | list[str], max_length: int | None = None, **_: Any) -> Any:
-        texts = [text] if isinstance(text, str) else text
-        length = max_length or self.model_max_length
-        ids = torch.full((len(texts), length), 2)
-        for row, one in enumerate(texts):
-            codes = [3 + ord(letter) % 90 for letter in one][: length - 2]
-            ids[row, : len(codes) + 1] = torch.tensor([0, *codes])
-        return _Encoded(ids)
-
-    def tokenize(self, text: str) -> list[str]:
-        return list(text)
-
-    def batch_decode(self, ids: Any) -> list[str]:
-        return ["" for _ in ids]
-
-
-class _Encoded(dict):
-    def __init__(self, ids: torch.Tensor) -> None:
-        super().__init__(input_ids=ids)
-        self.input_ids, self.attention_mask = ids, torch.ones_like(ids)
+def words(length: int = 77) -> CLIPTokenizer:
+    """A tokenizer that knows letters."""
+    vocabulary = {"<|startoftext|>": 0, "<pad>": 1, "<|endoftext|>": 2}
+    for letter in string.ascii_lowercase:
+        vocabulary |= {letter: len(vocabulary), f"{letter}</w>": len(vocabulary) + 1}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=length)
 
 
 def text_encoder(width: int = 32, projection: bool = False) -> torch.nn.Module:
@@ -104,14 +83,14 @@ def stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline(
         vae=vae(),
         text_encoder=text_encoder(),
-        tokenizer=None,
+        tokenizer=words(),
         unet=unet(),
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return _quiet(pipe, tokenizer=Words())
+    return _quiet(pipe)
 
 
 def stable_diffusion_xl(seed: int = 0) -> StableDiffusionXLPipeline:
@@ -130,12 +109,12 @@ def stable_diffusion_xl(seed: int = 0) -> StableDiffusionXLPipeline:
         vae=vae(),
         text_encoder=text_encoder(),
         text_encoder_2=text_encoder(projection=True),
-        tokenizer=None,
-        tokenizer_2=None,
+        tokenizer=words(),
+        tokenizer_2=words(),
         unet=model,
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
     )
-    return _quiet(pipe, tokenizer=Words(), tokenizer_2=Words())
+    return _quiet(pipe)
 
 
 def flux(seed: int = 0) -> FluxPipeline:
@@ -156,17 +135,15 @@ def flux(seed: int = 0) -> FluxPipeline:
         vae=vae(4),
         text_encoder=text_encoder(),
         text_encoder_2=T5EncoderModel(t5).eval(),
-        tokenizer=None,
-        tokenizer_2=None,
+        tokenizer=words(),
+        tokenizer_2=words(32),
         transformer=model,
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
-    return _quiet(pipe, tokenizer=Words(), tokenizer_2=Words(32))
+    return _quiet(pipe)
 
 
-def _quiet(pipe: Any, **parts: Any) -> Any:
-    for name, part in parts.items():
-        setattr(pipe, name, part)
+def _quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

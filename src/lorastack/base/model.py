@@ -31,10 +31,12 @@ _TURNED_EXPERTS = ("GptOssForCausalLM", "GptOssModel", "Llama4ForCausalLM", "Lla
 
 
 class Part(NamedTuple):
-    """One tensor of a base's files, by its name there; `rows.py` reads it."""
+    """One tensor of a base's files, by its name there, or some rows of it; `rows.py` reads it."""
 
     file: SafetensorsFile | Header
     key: str
+    #: From this to that along its first axis, of a tensor that holds several weights; None for the whole.
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class BaseModel:
         transformers' own renaming of this model, for a live one; a base from files asks its class when it has to.
     parts
         The models of an image pipeline, whose names are the fronts of its weights'; empty for a single model.
+    single_file
+        Whether it is one .safetensors file, and no folder.
     """
 
     name: str
@@ -80,6 +84,7 @@ class BaseModel:
     tied: Mapping[str, str] = field(default_factory=dict, repr=False)
     renaming: Callable[[], Rename | None] | None = field(default=None, repr=False, compare=False)
     parts: tuple[str, ...] = field(default=(), repr=False)
+    single_file: bool = field(default=False, repr=False)
 
     def own_name(self, name: str) -> str | None:
         """The base's own name of the weight that an adapter calls ``name``; None when it has none.
