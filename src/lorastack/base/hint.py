@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lorastack.base.model import BaseModel
-from lorastack.base.parts import FRONTS, ONLY_OF_IMAGES, part_of
+from lorastack.base.parts import DENOISERS, FRONTS, ONLY_OF_IMAGES, part_of
 from lorastack.core.adapter import LoadedLora
 from lorastack.ways import Way, rename, ways
 
@@ -78,7 +78,7 @@ def of_other_parts(strangers: Sequence[str], base: BaseModel) -> dict[str, str]:
     """
     known = FRONTS if base.parts else ONLY_OF_IMAGES
     counts = Counter(part for name in strangers if (part := part_of(name)) in known and part not in base.parts)
-    own = base.parts[0] if base.parts else "unet"
+    own = next((part for part in DENOISERS if part in base.parts), base.parts[0] if base.parts else "unet")
     out = ways(_WHOLE, Way(f"leave them out with select('{own}.*')", None))
     kind = base.architecture_name or base.name
     return {

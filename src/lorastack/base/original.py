@@ -101,7 +101,7 @@ class OriginalNames:
             yield Piece(f"vae.{self._vae(key.removeprefix(_VAE))}")
         else:
             for front, part in _CLIP.items():
-                if key.startswith(front):
+                if key.startswith(front) and not key.endswith(".position_ids"):  # numbers in order, and no weight
                     yield Piece(f"{part}.{key.removeprefix(front)}")
             for front, part in _OPEN_CLIP.items():
                 if key.startswith(front):

@@ -114,7 +114,8 @@ def _original(file: SafetensorsFile, given: str) -> BaseModel:
         if kind not in FLOATS:
             continue
         for name, third, turned in names.pieces(key):
-            part, own, read = Part(file, key), shape, partial(floats, file, key, given)
+            part, own = Part(file, key), shape
+            read: Callable[[], np.ndarray] = partial(floats, file, key, given)
             if third is not None:
                 if not shape or shape[0] % 3:
                     problems.add(f"tensor {key} is {list(shape)}, expected q, k and v side by side")
@@ -128,6 +129,7 @@ def _original(file: SafetensorsFile, given: str) -> BaseModel:
                 continue
             if name.startswith("vae.") and own[2:] == (1, 1) and ".attentions." in name:
                 own = own[:2]  # a convolution of one pixel in the first code, and a linear layer in diffusers
+                read = partial(_shaped, read, own)
             shapes[name], stored[name] = own, Stored((file.path,), read, (part,))
     problems.raise_any(FormatError)
     parts = tuple(dict.fromkeys(name.partition(".")[0] for name in shapes))
@@ -146,6 +148,10 @@ def floats(file: SafetensorsFile, name: str, given: str) -> np.ndarray:
 
 def _some(read: Callable[[], np.ndarray], first: int, stop: int) -> np.ndarray:
     return read()[first:stop]
+
+
+def _shaped(read: Callable[[], np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    return read().reshape(shape)
 
 
 def _turned(read: Callable[[], np.ndarray]) -> np.ndarray:

@@ -104,8 +104,8 @@ def _refuse_fp8(base: BaseModel) -> None:
         packed = [key for key, (kind, *_) in file.tensors.items() if kind.startswith("F8_")]
         if packed:
             raise UnsupportedError(
-                f"base {base.name} keeps {len(packed)} tensors such as {packed[0]} in fp8, which cannot be merged into; "
-                f"merge into the 16-bit file it was made from{ways(_LIVE, lead=', or ')}"
+                f"base {base.name} keeps {len(packed)} tensors such as {packed[0]} in fp8, which cannot be merged "
+                f"into; merge into the 16-bit file it was made from{ways(_LIVE, lead=', or ')}"
             )
 
 
