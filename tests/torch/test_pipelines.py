@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from lorastack import LoadedLora, LoraStack
-from lorastack.errors import ArgumentError, UnsupportedError
+from lorastack.errors import ArgumentError, UnknownNameError, UnsupportedError
 from lorastack.torch import attach, detach, merge_into
 from tests.pipelines import PIPELINES, adapter, as_diffusers, picture, stable_diffusion, stable_diffusion_xl, unet
 
@@ -168,3 +169,89 @@ def test_a_part_that_was_replaced_is_noticed() -> None:
     handle.detach()
     with pytest.raises(ArgumentError, match="detached"):
         handle.set_scale("one", 1.0)
+
+
+def fading(step: int) -> float:
+    return 1.0 - 0.6 * step
+
+
+def growing(step: int) -> float:
+    return -0.2 + 0.3 * step * step
+
+
+def test_a_schedule_sets_scales_between_steps_as_diffusers_does_by_hand() -> None:
+    pipe = stable_diffusion()
+    one, two = adapter(pipe, ("unet",), 1), adapter(pipe, ("unet",), 2, name="two")
+    handle = attach(pipe, LoraStack([(one, 0.3), (two, 0.8)]))
+    before = picture(pipe)
+    callback = handle.schedule({"one": fading, "two": growing})
+    assert handle.scales == {"one": fading(0), "two": growing(0)}
+    ours = picture(pipe, callback_on_step_end=callback)
+    assert handle.scales == {"one": 0.3, "two": 0.8}
+    assert np.array_equal(picture(pipe), before)
+    with pytest.raises(ArgumentError, match=r"this schedule ended with the pipeline's last step"):
+        picture(pipe, callback_on_step_end=callback)
+
+    with handle.schedule({"one": fading, "two": growing}) as callback:
+        assert np.array_equal(picture(pipe, callback_on_step_end=callback), ours)
+        assert np.array_equal(picture(pipe, callback_on_step_end=callback), ours)
+        with pytest.raises(ArgumentError, match="a schedule sets the scale of one at each step until it ends"):
+            handle.set_scale("one", 0.0)
+        with pytest.raises(ArgumentError, match="another schedule sets scales still"):
+            handle.schedule({"one": fading})
+    assert handle.scales == {"one": 0.3, "two": 0.8}
+    handle.detach()
+
+    def by_hand(live: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        live.set_adapters(["one", "two"], [fading(step + 1), growing(step + 1)])
+        return kwargs
+
+    for lora in (one, two):
+        pipe.load_lora_weights(as_diffusers(lora), adapter_name=lora.name)
+    pipe.set_adapters(["one", "two"], [fading(0), growing(0)])
+    assert_close(ours, picture(pipe, callback_on_step_end=by_hand))
+
+
+def test_a_broken_schedule_leaves_the_scales_as_they_were() -> None:
+    pipe = stable_diffusion()
+    handle = attach(pipe, adapter(pipe, ("unet",)))
+
+    def broken(step: int) -> float:
+        return 1 / (1 - step)
+
+    with pytest.raises(ZeroDivisionError):
+        picture(pipe, callback_on_step_end=handle.schedule({"one": broken}))
+    assert handle.scales == {"one": 1.0}
+    with pytest.raises(UnknownNameError, match="no adapter is named 'eno'; attached are one"):
+        handle.schedule({"eno": fading})
+    with pytest.raises(ArgumentError, match="a scale is a finite number"):
+        handle.schedule({"one": lambda step: float("nan")})
+    assert handle.scales == {"one": 1.0}
+    with handle.schedule({"one": fading}) as callback, pytest.raises(ArgumentError, match="expected 0"):
+        callback(pipe, 2, None, {})
+    with pytest.raises(ArgumentError, match=r"does not say how many steps it takes \(num_timesteps\)"):
+        handle.schedule({"one": fading})(SimpleNamespace(), 0, None, {})
+    assert handle.scales == {"one": 1.0}
+
+
+def test_another_thread_does_not_get_a_schedules_scales() -> None:
+    pipe = stable_diffusion()
+    handle = attach(pipe, adapter(pipe, ("unet",)))
+    told: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            with handle.plain():
+                picture(pipe)
+        except ArgumentError as error:
+            told.append(error)
+
+    with handle.schedule({"one": fading}):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert "a schedule of another thread sets the scales step by step" in str(told[0])
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert len(told) == 1
