@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from typer.testing import CliRunner
 
 from lorastack import LoadedLora, LoraStack
 from lorastack.base import open_base
+from lorastack.base.original import OriginalNames
 from lorastack.cli import app
 from lorastack.errors import ArgumentError, FormatError, NamingError, UnsupportedError
 from lorastack.extracting import extract
@@ -32,6 +36,7 @@ PARTS = {
     "flux": ("transformer", "text_encoder"),
 }
 SCALES = {"one": 0.7, "two": -0.4}
+TWO_HOMES = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 
 
 def stack_for(pipe: Any, kind: str) -> LoraStack:
@@ -289,6 +294,8 @@ def test_what_cannot_be_a_base_or_merged_into_is_refused_by_name(tmp_path: Path)
     refused({"unet.a.lora_A.weight": torch.zeros(3, 1)}, FormatError, "it is an adapter")
     odd = {"conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight": torch.zeros(4, 2)}
     refused(odd, FormatError, r"in_proj_weight is \[4, 2\], expected q, k and v side by side")
+    twice = {f"{front}text_model.final_layer_norm.bias": torch.zeros(2) for front in TWO_HOMES}
+    refused(twice, FormatError, "and another are both text_encoder.text_model.final_layer_norm.bias")
     name = "text_encoder_2.text_projection.weight"
     turned = LoadedLora.from_tensors({name: (np.ones((1, 32)), np.ones((32, 1)))})
     refused(state, UnsupportedError, f"weight {name} is none of the files' own", turned)
@@ -333,3 +340,20 @@ def test_a_model_in_another_form_is_carried_along(tmp_path: Path) -> None:
     done = merge(tmp_path / "base", adapter(pipe, ("unet",)), tmp_path / "new")
     assert (tmp_path / "new/safety_checker/pytorch_model.bin").read_bytes() == b"weights"
     assert sorted(path.name for path in done.left_out) == ["diffusion_pytorch_model.bin", "v1-5.safetensors"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_odd_names_in_a_checkpoint_are_no_weights_and_no_crash(data: st.DataObject) -> None:
+    key = data.draw(st.sampled_from(KEYS))
+    parts = key.split(".")
+    at = data.draw(st.integers(0, len(parts)))
+    odd = data.draw(st.sampled_from(["", "0", "99999", "x", "weight"]))
+    cut = data.draw(st.booleans())
+    changed = ".".join([*parts[:at], odd, *parts[at + cut :]]) if at else ".".join(parts[:-1])
+    for piece in OriginalNames([key, changed]).pieces(changed):
+        assert piece.name.partition(".")[0] in ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+with torch.device("meta"):
+    KEYS = sorted({re.sub(r"\d+", "1", key): key for key in checkpoint(stable_diffusion_xl())}.values())

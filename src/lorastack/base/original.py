@@ -53,6 +53,9 @@ _OPEN_CLIP_LAYER = {
 }
 _BLOCK = re.compile(r"(input|output)_blocks\.(\d{1,4})\.(\d)\.(.+)")
 _VAE_BLOCK = re.compile(r"(encoder|decoder)\.(down|up)\.(\d{1,4})\.(block|attn|downsample|upsample)\.(.+)")
+_MIDDLE_BLOCK = re.compile(r"middle_block\.([0-2])\.(.+)")
+_VAE_MIDDLE_BLOCK = re.compile(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(.+)")
+_OPEN_CLIP_BLOCK = re.compile(r"transformer\.resblocks\.(\d{1,4})\.(.+)")
 #: Where a block of the UNet makes the picture smaller, which is its last layer.
 _DOWNSAMPLER = re.compile(re.escape(_UNET) + r"input_blocks\.(\d{1,4})\.0\.op\.weight")
 
@@ -113,14 +116,13 @@ class OriginalNames:
         path, _, ending = path.rpartition(".")
         if path in _UNET_TOP:
             return f"{_UNET_TOP[path]}.{ending}"
-        if path.startswith("middle_block."):
-            _, number, inner = path.split(".", 2)
-            return f"{_MIDDLE[int(number)]}.{_UNET_RESNET.get(inner, inner)}.{ending}" if int(number) < 3 else None
+        if middle := _MIDDLE_BLOCK.fullmatch(path):
+            return f"{_MIDDLE[int(middle[1])]}.{_UNET_RESNET.get(middle[2], middle[2])}.{ending}"
         if match is None:
             return None
-        down, at, second = match[1] == "input", int(match[2]) - (match[1] == "input"), match[3] != "0"
-        block, layer = divmod(at, self._layers)
-        inner, side = path.split(".", 3)[3], "down" if down else "up"
+        down, second, inner = match[1] == "input", match[3] != "0", match[4].rpartition(".")[0]
+        block, layer = divmod(int(match[2]) - down, self._layers)
+        side = "down" if down else "up"
         if down and inner == "op":
             return f"down_blocks.{block}.downsamplers.0.conv.{ending}"
         if not down and inner == "conv":
@@ -136,13 +138,12 @@ class OriginalNames:
                 return f"{coder}.{side}_blocks.{block}.{kind}rs.0.{inner}"
             group = "resnets" if kind == "block" else "attentions"
             return f"{coder}.{side}_blocks.{block}.{group}.{inner.replace('nin_shortcut', 'conv_shortcut')}"
-        coder, _, rest = path.partition(".")
-        if rest.startswith("mid."):
-            _, kind, inner = rest.split(".", 2)
+        if match := _VAE_MIDDLE_BLOCK.fullmatch(path):
+            coder, kind, inner = match.groups()
             if kind == "attn_1":
                 layer, _, ending = inner.rpartition(".")
                 inner = f"{_VAE_ATTENTION.get(layer, layer)}.{ending}"
-            return f"{coder}.mid_block.{_VAE_MIDDLE.get(kind, kind)}.{inner}"
+            return f"{coder}.mid_block.{_VAE_MIDDLE[kind]}.{inner}"
         return path.replace(".norm_out.", ".conv_norm_out.")
 
 
@@ -152,9 +153,9 @@ def _open_clip(path: str) -> Iterator[Piece]:
         yield Piece(_OPEN_CLIP_TOP[path])
     elif path in ("text_projection", "text_projection.weight"):
         yield Piece("text_projection.weight", turned=path == "text_projection")
-    elif path.startswith("transformer.resblocks."):
-        _, _, number, inner = path.split(".", 3)
-        layer = f"text_model.encoder.layers.{number}"
+    elif match := _OPEN_CLIP_BLOCK.fullmatch(path):
+        inner = match[2]
+        layer = f"text_model.encoder.layers.{match[1]}"
         if inner.startswith("attn.in_proj_"):
             ending = inner.removeprefix("attn.in_proj_")
             for third, letter in enumerate("qkv"):

@@ -114,6 +114,9 @@ def _original(file: SafetensorsFile, given: str) -> BaseModel:
         if kind not in FLOATS:
             continue
         for name, third, turned in names.pieces(key):
+            if name in shapes:
+                problems.add(f"tensors {key} and another are both {name}")
+                break
             part, own = Part(file, key), shape
             read: Callable[[], np.ndarray] = partial(floats, file, key, given)
             if third is not None:

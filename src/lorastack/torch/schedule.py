@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lorastack.errors import ArgumentError
+from lorastack.ways import Way, ways
 
-if TYPE_CHECKING:
-    from lorastack.torch.handle import Handle
+_WITHIN = Way("use it as `with handle.schedule(...) as callback:`", None)
+_ANEW = Way("make one with handle.schedule() for each call", None)
+
+
+class Scaled(Protocol):
+    """A handle, as far as a schedule knows it."""
+
+    attached: bool
+
+    @property
+    def scales(self) -> dict[str, float]: ...
+    def _set_scales(self, scales: Mapping[str, float]) -> None: ...
 
 
 class Schedule:
@@ -19,7 +30,7 @@ class Schedule:
     scales are as they were before; inside ``with`` that is at its end, and each call of the pipeline begins anew.
     """
 
-    def __init__(self, handle: Handle, scales: Mapping[str, Callable[[int], float]]) -> None:
+    def __init__(self, handle: Scaled, scales: Mapping[str, Callable[[int], float]]) -> None:
         self._handle, self._scales = handle, dict(scales)
         self._before = {name: handle.scales[name] for name in self._scales}
         self._next = 0
@@ -43,16 +54,14 @@ class Schedule:
         """
         if not self.active:
             raise ArgumentError(
-                "this schedule ended with the pipeline's last step, so that step 0 of this call did not have its "
-                "scales; call handle.schedule() for each call, or use it as `with handle.schedule(...) as callback:`"
+                "this schedule ended with the pipeline's last step, so that step 0 of this call did not have its scales"
+                + ways(_ANEW, _WITHIN)
             )
         try:
             count = getattr(pipe, "num_timesteps", None)
             if not isinstance(count, int) and not self._held:
-                raise ArgumentError(
-                    f"{type(pipe).__name__} does not say how many steps it takes (num_timesteps); use the schedule as "
-                    "`with handle.schedule(...) as callback:`"
-                )
+                kind = type(pipe).__name__
+                raise ArgumentError(f"{kind} does not say how many steps it takes (num_timesteps){ways(_WITHIN)}")
             if step != self._next:
                 raise ArgumentError(
                     f"step {step} of {type(pipe).__name__} ended, expected {self._next}; a call was broken off, or "
