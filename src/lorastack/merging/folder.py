@@ -84,8 +84,7 @@ class Folder:
                 linked += 1
                 progress(shard.size)
                 continue
-            with target.open("wb") as file:
-                shard.write(file, self.how, progress)
+            shard.write(target, self.how, progress)
         return linked
 
     def find(self, out: Path, name: str) -> Part:
@@ -96,7 +95,7 @@ class Folder:
     def _config(self) -> dict[str, str]:
         """The files of the folder whose text follows what changed."""
         plan, changed = self.plan, dict[str, str]()
-        config = json.loads(json.dumps(plan.base.config))
+        config = json.loads(json.dumps(plan.base.config)) | dict(plan.fields)
         text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
         if plan.untied:
             config["tie_word_embeddings"] = False

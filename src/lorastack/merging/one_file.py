@@ -41,8 +41,7 @@ class OneFile:
 
     def write(self, out: Path, recipe: str, link: bool, progress: Progress) -> int:
         """Write the file ``out``; none is a hard link. The recipe has no place in a header that stays as it is."""
-        with out.open("wb") as file:
-            self.shard.write(file, self.how, progress)
+        self.shard.write(out, self.how, progress)
         return 0
 
     def find(self, out: Path, name: str) -> Part:

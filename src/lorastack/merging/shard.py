@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import orjson
 
 from lorastack.base.model import Part
 from lorastack.base.rows import Rows
+from lorastack.files.large import LargeFile
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.merging.plan import Plan
-from lorastack.merging.stream import How, Merging, Progress, span
+from lorastack.merging.stream import How, Progress, contents, spans
 from lorastack.merging.update import Update
+from lorastack.pipeline import ahead
 
 
 class Tensor(NamedTuple):
@@ -42,23 +45,15 @@ class Shard:
     def size(self) -> int:
         return self.file.data_start + sum(tensor.size for tensor in self.tensors)
 
-    def write(self, out: BinaryIO, how: How, progress: Progress) -> None:
+    def write(self, out: Path, how: How, progress: Progress) -> None:
         """The whole file, a block of rows at a time."""
         source = self.file.files[0]
-        if self.same:
-            for data in span(source, 0, source.size, progress):
-                out.write(data)
-            return
-        out.write(source.read(0, self.file.data_start) if self.in_place else _header(self))
-        for tensor in self.tensors:
-            if tensor.update is None:
-                rows = Rows(tensor.part)
-                for data in span(source, rows.start, rows.start + rows.size, progress):
-                    out.write(data)
-                continue
-            for block in Merging(tensor.part, tensor.update, tensor.kind, how).blocks():
-                out.write(block.data)
-                progress(block.nbytes)
+        with LargeFile(out) as file:
+            if not self.same:
+                file.write(source.read(0, self.file.data_start) if self.in_place else _header(self))
+            for data in ahead(spans(source, 0, source.size)) if self.same else contents(self.tensors, how):
+                file.write(data)
+                progress(data.nbytes)
 
 
 def shards_of(plan: Plan) -> list[Shard]:

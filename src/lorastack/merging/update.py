@@ -108,9 +108,12 @@ class Sum:
             return self._read(*at, scratch)
         return self._replaced[at.matrix, at.first : at.stop].astype(self.dtype)
 
-    def new_rows(self, at: Block, scratch: Scratch | None = None) -> np.ndarray:
-        """The merged rows ``[count, columns]`` of a block, not rounded yet; in ``scratch`` where there is some."""
-        rows = self.base_rows(at, scratch)
+    def new_rows(self, at: Block, scratch: Scratch | None = None, start: np.ndarray | None = None) -> np.ndarray:
+        """The merged rows ``[count, columns]`` of a block, not rounded yet; in ``scratch`` where there is some.
+
+        They are made of ``start``, which are the base's rows and are changed, where somebody has read them.
+        """
+        rows = self.base_rows(at, scratch) if start is None else start
         if self.update.terms:
             keep, left, right = self.parts(at, rows)
             if keep is not None:
