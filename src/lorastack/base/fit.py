@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from lorastack.base.hint import elsewhere, in_short
+from lorastack.base.hint import elsewhere, in_short, of_other_parts
 from lorastack.base.model import BaseModel
 from lorastack.base.names import convert_names, tied_in_gguf
+from lorastack.base.parts import part_of
 from lorastack.base.rows import Rows
 from lorastack.base.settle import settle
 from lorastack.core.adapter import LoadedLora
@@ -40,10 +41,15 @@ def misfits(lora: LoadedLora, base: BaseModel) -> list[str]:
     except LoraStackError as error:
         return found + list(error.problems or [str(error)])
     strangers = [name for name in lora.adapters if base.shape_of(name) is None]
+    others = of_other_parts(strangers, base)
+    found += others.values()
+    strangers = [name for name in strangers if part_of(name) not in others]
     if hint := elsewhere(strangers, lora, base):
         found.append(hint)
     lines = []
     for name, delta in lora.adapters.items():
+        if base.shape_of(name) is None and part_of(name) in others:
+            continue
         if base.shape_of(name) is None:
             lines.append(f"weight {name} is none of the base's {base.count} weights")
         elif problem := base.misfit(name, delta):

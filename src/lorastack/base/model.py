@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from lorastack.base.architectures import Architecture, architecture_of
 from lorastack.base.foreign import ForeignNames
+from lorastack.base.parts import in_pipeline, in_text_encoder
 from lorastack.base.spelling import TEXT_PARTS, other_spellings
 from lorastack.base.tables import Rename, live_names
 from lorastack.core.delta import Kind, LoraDelta
@@ -30,10 +32,12 @@ _TURNED_EXPERTS = ("GptOssForCausalLM", "GptOssModel", "Llama4ForCausalLM", "Lla
 
 
 class Part(NamedTuple):
-    """One tensor of a base's files, by its name there; `rows.py` reads it."""
+    """One tensor of a base's files, by its name there, or some rows of it; `rows.py` reads it."""
 
     file: SafetensorsFile | Header
     key: str
+    #: From this to that along its first axis, of a tensor that holds several weights; None for the whole.
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ class BaseModel:
         Names of ``shapes`` that are another weight under a second name: the head of a model that ties it.
     renaming
         transformers' own renaming of this model, for a live one; a base from files asks its class when it has to.
+    parts
+        The models of an image pipeline, whose names are the fronts of its weights'; empty for a single model.
+    single_file
+        Whether it is one .safetensors file, and no folder.
     """
 
     name: str
@@ -76,6 +84,8 @@ class BaseModel:
     prefix: str | None = None
     tied: Mapping[str, str] = field(default_factory=dict, repr=False)
     renaming: Callable[[], Rename | None] | None = field(default=None, repr=False, compare=False)
+    parts: tuple[str, ...] = field(default=(), repr=False)
+    single_file: bool = field(default=False, repr=False)
 
     def own_name(self, name: str) -> str | None:
         """The base's own name of the weight that an adapter calls ``name``; None when it has none.
@@ -85,13 +95,18 @@ class BaseModel:
         if name in self.shapes or self.naming != "hf":
             return name if name in self.shapes else None
         model_type = self.config.get("model_type")
-        for other in other_spellings(name, model_type, self.prefix, self._first_parts):
+        if self.parts:
+            others = in_pipeline(name, self.parts)
+        else:
+            spelt = other_spellings(name, model_type, self.prefix, self._first_parts)
+            others = chain(in_text_encoder(name), spelt)
+        for other in others:
             if other in self.shapes:
                 return other
         places = self.foreign.find(name)
         if places:
             return places[0].weight if len(places) == 1 and places[0].whole else None
-        if "." not in name:
+        if "." not in name or self.parts:
             return None
         rename = self._rename
         if rename is None:

@@ -31,7 +31,7 @@ def role_of(base: BaseModel, name: str) -> Role:
     if parameter != "weight" or 0 in shape:
         return "other"
     path, _, last = module.rpartition(".")
-    if len(shape) == 2 and last in _HEADS and (last != "output" or not path):
+    if len(shape) == 2 and last in _HEADS and (last not in ("output", "proj_out") or not path):
         return "head"
     if len(shape) == 2 and _EMBEDDING.fullmatch(last):
         return "embedding"

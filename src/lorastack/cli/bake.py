@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorastack.cli.blocks import BlockWeights, with_block_weights
 from lorastack.cli.console import echo_json, remark
 from lorastack.cli.cutting import Energy, Rank, Tolerance, loss_of, parse_ranks, parse_sweep
 from lorastack.cli.options import (
@@ -58,6 +59,7 @@ def bake(
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    lbw: BlockWeights = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -104,6 +106,7 @@ def bake(
         rename=parse_renames(rename),
         drop_extras=drop_extras,
     )
+    stack = with_block_weights(stack, lbw)
     if as_gguf and stack.naming == "hf":
         raise ArgumentError(f"{output}: these adapters have Hugging Face names; give --base to convert them to GGUF's")
     if not as_gguf and stack.naming == "gguf":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorastack.cli.blocks import BlockWeights, with_block_weights
 from lorastack.cli.console import echo_json, remark
 from lorastack.cli.cutting import Energy, Rank, Tolerance, parse_ranks
 from lorastack.cli.options import (
@@ -89,6 +90,7 @@ def merge_command(
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    lbw: BlockWeights = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -122,6 +124,7 @@ def merge_command(
         rename=parse_renames(rename),
         drop_extras=drop_extras,
     )
+    stack = with_block_weights(stack, lbw)
     with _bars() as progress:
         done = merge(
             model,

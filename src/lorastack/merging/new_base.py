@@ -24,6 +24,7 @@ from lorastack.merging.card import CARD, RECIPE, card
 from lorastack.merging.folder import Folder
 from lorastack.merging.gguf_files import GgufFiles
 from lorastack.merging.importance import Importance
+from lorastack.merging.one_file import OneFile
 from lorastack.merging.plan import plan
 from lorastack.merging.rounding import Rounding
 from lorastack.merging.stream import How, Merging, Planned, Progress
@@ -118,11 +119,13 @@ def merge(
     Parameters
     ----------
     base
-        A Hugging Face folder or hub id (float32, bfloat16, float16), or a GGUF file of any type.
+        A Hugging Face folder, of diffusers too, or a hub id (float32, bfloat16, float16); one .safetensors file of an
+        image model; or a GGUF file of any type.
     stack
         Both of its lists are merged, or a single adapter at scale 1.
     out
-        The new folder; of a GGUF base ``NAME.gguf``, or a folder with as many files as the base has.
+        The new folder; of a base that is one file ``NAME.safetensors``; of a GGUF base ``NAME.gguf``, or a folder
+        with as many files as the base has.
     exact
         Sum in float64.
     round
@@ -234,6 +237,12 @@ def _target(model: BaseModel, stack: LoraStack, out: Path, how: How) -> Target:
     if model.naming == "hf":
         if how.outtype is not None or how.importance is not None:
             raise ArgumentError(f"base {model.name} is no GGUF file, so that no type is chosen for its weights")
+        if model.single_file:
+            if out.suffix != ".safetensors":
+                raise ArgumentError(
+                    f"{out}: this base is one .safetensors file, and so is what it is merged to: give NAME.safetensors"
+                )
+            return OneFile(planned, how)
         if out.suffix in (".gguf", ".safetensors"):
             raise ArgumentError(f"{out}: this base is a folder, and so is what it is merged to: leave the ending out")
         return Folder(planned, how)

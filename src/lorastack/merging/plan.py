@@ -63,6 +63,7 @@ def plan(entries: Sequence[Entry], base: BaseModel) -> Plan:
         When an adapter does not fit the base: one line, then at most ten.
     """
     _refuse_quantised(base)
+    _refuse_fp8(base)
     with_head, fields = with_heads(_with_a_head(base), entries)
     whole, vocabulary = resized(with_head, entries)
     changes = changes_of(fitted(entries, whole), whole)
@@ -72,6 +73,8 @@ def plan(entries: Sequence[Entry], base: BaseModel) -> Plan:
     untied = False
     if embedding and (head in changes or embedding in changes):
         untied = _untie(changes, whole, head, embedding, problems)
+        if untied and base.parts:
+            problems.add(f"weight {head} is one tensor with {embedding}, which would change along{ways(_LIVE, SELECT)}")
         if untied and (place := base.place_of(embedding)):
             change = changes.pop(head, None)
             update = _updates(head, change, whole, problems)[0][1] if change else None
@@ -110,6 +113,19 @@ def _refuse_quantised(base: BaseModel) -> None:
         raise UnsupportedError(
             f"base {base.name} is quantised ({what}): its packed weights cannot take an update{ways(_FULL, _LIVE)}"
         )
+
+
+def _refuse_fp8(base: BaseModel) -> None:
+    """A checkpoint of 8 bits, whose numbers may have scales beside them: one line, not one for each weight."""
+    kept = [part.file for place in list(base.stored.values())[:1] for part in place.parts] if base.single_file else []
+    for file in kept:
+        assert isinstance(file, SafetensorsFile)
+        packed = [key for key, (kind, *_) in file.tensors.items() if kind.startswith("F8_")]
+        if packed:
+            raise UnsupportedError(
+                f"base {base.name} keeps {len(packed)} tensors such as {packed[0]} in fp8, which cannot be merged "
+                f"into; merge into the 16-bit file it was made from{ways(_LIVE, lead=', or ')}"
+            )
 
 
 def _with_a_head(base: BaseModel) -> BaseModel:

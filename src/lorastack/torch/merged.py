@@ -17,11 +17,11 @@ from lorastack.core.adapter import LoadedLora
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, Problems, UnsupportedError
 from lorastack.torch.attach import refuse_attached
+from lorastack.torch.parts import as_module, roots_of
 from lorastack.torch.places import Place, Places, is_conv1d
 from lorastack.torch.prepare import Candidate, prepare
 from lorastack.torch.prepared import Prepared
 from lorastack.torch.saved import BiasPatch, ModulePatch, Patch, TokenPatch
-from lorastack.torch.wrappers import unwrapped
 from lorastack.ways import Way, ways
 
 #: Numbers of a block: of a large weight no second copy is made in float32.
@@ -69,13 +69,14 @@ class MergedStack:
         if not self.merged:
             return
         refuse_attached(self.model)
-        all_of_it = _MERGED.get(self.model, [])
-        if all_of_it and all_of_it[-1] is not self:
-            raise ArgumentError(f"{all_of_it[-1]!r} was merged later; take that back first")
+        every = [_MERGED[root] for root in roots_of(self.model) if root in _MERGED]
+        later = next((one[-1] for one in every if one and one[-1] is not self), None)
+        if later is not None:
+            raise ArgumentError(f"{later!r} was merged later; take that back first")
         self._bring_back()
         self.merged = False
-        if all_of_it:
-            all_of_it.pop()
+        for one in every:
+            one.pop()
 
     def _bring_back(self) -> None:
         with torch.no_grad():
@@ -105,14 +106,15 @@ class MergedStack:
 
 
 def merge_into(
-    model: nn.Module, stack: LoraStack | LoadedLora, *, keep_on_cpu: bool = False, exact: bool = False
+    model: Any, stack: LoraStack | LoadedLora, *, keep_on_cpu: bool = False, exact: bool = False
 ) -> MergedStack:
     """Add a stack's updates to the weights of a live model; `MergedStack.undo` takes them back, to the bit.
 
     Parameters
     ----------
     model
-        The model whose weight names the adapters were trained with; its weights are float32, float16 or bfloat16.
+        The model whose weight names the adapters were trained with, or a pipeline of such; its weights are
+        float32, float16 or bfloat16.
     stack
         Both of its lists, or a single adapter at scale 1.
     keep_on_cpu
@@ -140,7 +142,7 @@ def merge_into(
     >>> torch.equal(model[0].weight, before)
     True
     """
-    model = unwrapped(model)
+    model = as_module(model)
     refuse_attached(model)
     stack = LoraStack([(stack, 1.0)]) if isinstance(stack, LoadedLora) else stack
     places, wide = Places(model), torch.float64 if exact else torch.float32
@@ -156,7 +158,8 @@ def merge_into(
     except BaseException:
         done._bring_back()
         raise
-    _MERGED.setdefault(model, []).append(done)
+    for root in roots_of(model):
+        _MERGED.setdefault(root, []).append(done)
     return done
 
 

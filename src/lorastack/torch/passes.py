@@ -64,6 +64,8 @@ class Passes:
         #: Grows when adapters come or go: what a plan made of the factors before is made anew.
         self.version = 0
         self.holders: set[Any] = set()
+        #: What sets scales between the passes of its thread, step by step; see `Handle.schedule`.
+        self.schedule: Any = None
         self._live: set[Pass] = set()
         self._changer: int | None = None
         # Held by itself where nobody waits, since a condition's own way in is Python. One thread may take it twice: an
@@ -87,6 +89,12 @@ class Passes:
             outer = CURRENT.running
         if outer is not None and outer.number == self.number:
             return None
+        schedule = self.schedule
+        if schedule is not None and schedule.active and schedule.thread != threading.get_ident():
+            raise ArgumentError(
+                "a schedule of another thread sets the scales step by step, and this pass would get some of them; give "
+                "this thread a pipeline and a handle of its own, or pass once the schedule has ended"
+            )
         plan = self._plan(bool(getattr(entry, "training", False)))
         new = Pass(self.number, entry)
         new.frame = _caller()

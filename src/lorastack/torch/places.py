@@ -12,6 +12,7 @@ from lorastack.base.model import BaseModel
 from lorastack.base.tables import renaming_of_model
 from lorastack.core.delta import LoraDelta
 from lorastack.torch.bypass import reads_weight
+from lorastack.torch.parts import Parts
 from lorastack.torch.wrappers import Where, index_of, offloaded_to
 
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
@@ -55,6 +56,8 @@ class Places:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        if isinstance(model, Parts):
+            model.refresh()
         self._index: dict[str, Where] = index_of(model)
         self.modules: dict[str, nn.Module] = {path: where.module for path, where in self._index.items()}
         self._default = _model_dtype(model)
@@ -116,6 +119,7 @@ class Places:
             ):  # a quantised module has its weight under other names, and in a shape of its own
                 shapes.setdefault(f"{start}weight", ())
         architecture = type(model).__name__
+        parts = model.names if isinstance(model, Parts) else ()
         if architecture not in BY_HF and getattr(config, "architectures", None):
             architecture = config.architectures[0]
         return BaseModel(
@@ -126,7 +130,8 @@ class Places:
             shapes,
             prefix=getattr(model, "base_model_prefix", None),
             tied=tied,
-            renaming=lambda: renaming_of_model(model),
+            renaming=lambda: None if parts else renaming_of_model(model),
+            parts=parts,
         )
 
 

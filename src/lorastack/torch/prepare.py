@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from lorastack.base.hint import elsewhere, in_short
+from lorastack.base.hint import elsewhere, in_short, of_other_parts
 from lorastack.base.names import convert_names, names_of_places
+from lorastack.base.parts import part_of
 from lorastack.base.settle import settle
 from lorastack.core.adapter import Extras, LoadedLora, LoraAdapter
 from lorastack.core.delta import LoraDelta
@@ -53,14 +54,20 @@ def prepare(
     missing = Problems("")
     lost = missing if allow_partial else problems
     hint = ""
+    others: Mapping[str, str] = {}
     if isinstance(candidate.adapter, LoadedLora):
         extras: Extras
         lora = candidate.adapter = _in_own_names(candidate.adapter, places)
         wanted = dict(lora.adapters)
         extras = lora.extras
         strangers = [name for name in wanted if places.get(name) is None]
-        if strangers and (hint := elsewhere(strangers, lora, places.as_base())):
-            lost.add(hint)
+        if strangers:
+            others = of_other_parts(strangers, base := places.as_base())
+            for line in others.values():
+                lost.add(line)
+            strangers = [name for name in strangers if part_of(name) not in others]
+            if hint := elsewhere(strangers, lora, base):
+                lost.add(hint)
     else:
         wanted = _by_target(candidate.adapter, places)
         extras = {}
@@ -75,7 +82,8 @@ def prepare(
     for name, delta in wanted.items():
         place = places.get(name)
         if place is None:
-            strange.append(f"weight {name} is none of the model's")
+            if part_of(name) not in others:
+                strange.append(f"weight {name} is none of the model's")
             continue
         if place.device.type == "meta":
             problems.add(f"weight {name} is on the meta device; load the model's weights first")
