@@ -251,7 +251,7 @@ def _add(weight: torch.Tensor, at: Sequence[tuple[float, Prepared]], place: Plac
     matrices = weight if place.kind == "parameter" and weight.dim() == 3 else weight.detach()[None]
     for n, matrix in enumerate(matrices):
         flat = matrix.view(matrix.shape[0], -1) if matrix.is_contiguous() else matrix
-        turned = _turned(place, flat, at[0][1])
+        turned = _turned(place, at[0][1])
         for rows in _blocks(flat):
             new = flat[rows].to(wide)
             for scale, part in at:
@@ -266,11 +266,10 @@ def _add(weight: torch.Tensor, at: Sequence[tuple[float, Prepared]], place: Plac
             flat[rows] = new.to(weight.dtype)
 
 
-def _turned(place: Place, flat: torch.Tensor, part: Prepared) -> bool:
+def _turned(place: Place, part: Prepared) -> bool:
     """Whether the weight is kept [in, out]."""
     if place.kind == "parameter":
-        wanted = (part.b.shape[-2], part.a.shape[-1])
-        return tuple(flat.shape) != wanted or bool(getattr(place.module, "is_transposed", False))
+        return place.turned(part.b.shape[-2], part.a.shape[-1])
     return place.kind == "embedding" or is_conv1d(place.module)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorastack.base.architectures import BY_HF
-from lorastack.base.model import BaseModel
+from lorastack.base.model import BaseModel, Use
 from lorastack.base.tables import renaming_of_model
 from lorastack.core.delta import LoraDelta
 from lorastack.torch.bypass import reads_weight
@@ -48,6 +48,16 @@ class Place(NamedTuple):
         if have != (delta.in_features, delta.out_features):
             return f"the module is {have[0]} -> {have[1]}, the update {delta.in_features} -> {delta.out_features}"
         return None
+
+    def turned(self, rows: int, columns: int) -> bool:
+        """Whether a parameter is the transpose of a product that is ``[..., rows, columns]``.
+
+        Where it is square, a module of experts says so.
+        """
+        shape = tuple(getattr(self.module, self.parameter).shape)
+        if rows != columns:
+            return shape[-2:] != (rows, columns)
+        return len(shape) == 3 and says_turned(self.module)
 
 
 class Places:
@@ -122,12 +132,29 @@ class Places:
             shapes,
             prefix=getattr(model, "base_model_prefix", None),
             renaming=lambda: renaming_of_model(model),
+            use=self._use,
+        )
+
+    def _use(self, name: str) -> Use | None:
+        place = self.get(name)
+        if place is None or place.kind == "conv":
+            return None
+        if place.kind == "parameter":
+            stacked = getattr(place.module, place.parameter).dim() == 3
+            return Use("experts", says_turned(place.module)) if stacked else None
+        return Use(
+            "linear" if place.kind == "linear" else "embedding", place.kind != "linear" or is_conv1d(place.module)
         )
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D: a linear layer that keeps its weight ``[in, out]``."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def says_turned(module: nn.Module) -> bool:
+    """Whether a module of experts says that it keeps them ``[E, in, out]``."""
+    return bool(getattr(module, "is_transposed", False))
 
 
 def linear_features(module: Any) -> tuple[int, int]:
@@ -166,8 +193,10 @@ def _conv_misfit(module: Any, delta: LoraDelta) -> str | None:
 
 def _parameter_misfit(weight: torch.Tensor, delta: LoraDelta) -> str | None:
     shape, plain = tuple(weight.shape), (delta.out_features, delta.in_features)
-    wanted = (delta.num_experts, *plain) if delta.kind == "experts" else plain
+    wanted = (delta.num_experts, *plain) if delta.num_experts else plain
     turned = (*wanted[:-2], wanted[-1], wanted[-2])
-    if delta.kind in ("linear", "experts") and (shape == wanted or (delta.kind == "experts" and shape == turned)):
+    if delta.kind in ("linear", "experts", "stored") and (
+        shape == wanted or (delta.kind == "experts" and shape == turned)
+    ):
         return None
     return f"the parameter is {list(shape)}, the update {list(wanted)} ({delta.kind})"

@@ -104,7 +104,8 @@ def _in_own_names(lora: LoadedLora, places: Places) -> LoadedLora:
                 f"{type(places.model).__name__} has no config, so GGUF names cannot be converted for it{ways(CONVERT)}"
             )
         return convert_names(lora, base, "hf")
-    if not lora.extras and all(places.get(name) is not None for name in lora.adapters):
+    known = not lora.extras and all(places.get(name) is not None for name in lora.adapters)
+    if known and all(delta.kind != "stored" for delta in lora.adapters.values()):
         return lora
     base = places.as_base()
     return settle(lora, base)
