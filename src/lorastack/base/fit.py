@@ -82,6 +82,8 @@ def _extra(kind: str, values: Mapping[str, Any], lora: LoadedLora, base: BaseMod
     if kind in NEVER_LIVE:
         yield f"{kind}: {KINDS[kind]}, which cannot be honoured"
         return
+    if kind == "alora":
+        return
     for name, value in values.items():
         if kind in ("dora", "lora_bias"):
             yield from _beside(kind, name, value, lora, base)
@@ -113,7 +115,7 @@ def _beside(kind: str, name: str, value: Factor, lora: LoadedLora, base: BaseMod
     delta = lora.get(name)
     if delta is None:
         yield f"{kind} {name} goes with no update"
-    elif delta.kind not in ("linear", "conv"):
+    elif delta.kind not in ("linear", "conv", *(["embedding"] if kind == "dora" else [])):
         yield f"{kind} {name}: it needs a linear layer or a convolution, this update is of {delta.kind}"
     elif math.prod(value.shape) != delta.out_features:
         yield f"{kind} {name} is {list(value.shape)}, the weight has {delta.out_features} rows"

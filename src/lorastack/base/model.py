@@ -94,6 +94,8 @@ class BaseModel:
         """
         if name in self.shapes or self.naming != "hf":
             return name if name in self.shapes else None
+        if (packed := f"{name.removesuffix('weight')}in_proj_weight") in self.shapes:
+            return packed  # to PEFT the projections of nn.MultiheadAttention are its weight
         model_type = self.config.get("model_type")
         for other in other_spellings(name, model_type, self.prefix, self._first_parts):
             if other in self.shapes:

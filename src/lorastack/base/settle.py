@@ -54,7 +54,9 @@ def settle(lora: LoadedLora, base: BaseModel) -> LoadedLora:
     settled = replace(
         lora,
         adapters=LazyDeltas(found.builds, lambda _, build: build()),
-        extras=MappingProxyType({kind: _settled(values, base) for kind, values in lora.extras.items()}),
+        extras=MappingProxyType(
+            {kind: values if kind == "alora" else _settled(values, base) for kind, values in lora.extras.items()}
+        ),
         history=(*lora.history, ("names", lora.naming)),
     )
     return used(settled, base)

@@ -19,7 +19,7 @@ KINDS = {
 #: Kinds that change nothing: PEFT saves embeddings along whenever they are targeted.
 HARMLESS = frozenset({"base_weight"})
 #: Kinds that no live model can be given.
-NEVER_LIVE = frozenset({"norm", "alora"})
+NEVER_LIVE = frozenset({"norm"})
 
 
 #: Token ids are 32-bit numbers in every format and program.

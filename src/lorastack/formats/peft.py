@@ -202,6 +202,8 @@ class _Sorter:
         a, b = self.tensors.factor(key_a, self.allow), self.tensors.factor(key_b, self.allow)
         if rank:
             a, b = _experts(a, b, rank)
+        if kind == "conv" and b.shape[1] < a.shape[0]:
+            b = _of_groups(b, a.shape[0])
         delta = LoraDelta(a, b, scaling, kind)
         return delta.over(kind) if over else delta
 
@@ -224,11 +226,14 @@ class _Sorter:
                 if dtype not in FLOATS:
                     self.problems.add(f"{where}: tensor {key} is {dtype}, expected a float type")
             kind: Kind = "embedding" if embedding else "linear" if len(shape_a) == 2 else "conv"
-            weight = module + ".weight"
+            weight = module.replace(".base_layer.", ".") + ".weight"  # a projection inside a module that is wrapped too
             parameter = self.parameters.of(module, a)
             # PEFT looks a parameter up by its own name, in the patterns too.
             rank, scaling = self.config.rank_of(parameter or module), self.config.scaling_of(parameter or module)
             experts, over = 0, False
+            over_groups = kind == "conv" and len(shape_b) == len(shape_a) and 0 < shape_b[1] < shape_a[0]
+            if over_groups and shape_a[0] % shape_b[1] == 0 and shape_b[0] % (shape_a[0] // shape_b[1]) == 0:
+                shape_b = (shape_b[0], shape_a[0], *shape_b[2:])
             if parameter:
                 weight, square = parameter, shape_a[-1:] == shape_b[:1]
                 kind, over = self.parameters.kind(shape_a[0] if shape_a else 0, rank, square)
@@ -255,6 +260,22 @@ class _Sorter:
                 f"{where}: module {module}: lora_A is {a}, rank {a[0]}; {CONFIG_NAME} says rank {rank} "
                 "(r or rank_pattern), on which the scaling depends; correct the config"
             )
+
+
+def _of_groups(b: Factor, rank: int) -> Factor:
+    """lora_B of a convolution in groups, whose rows see the ranks of their own group only, as one that sees all."""
+    out, ranks = b.shape[:2]
+    groups = rank // ranks
+    rows = out // groups
+    shape = (out, rank, *b.shape[2:])
+
+    def spread(array: np.ndarray) -> np.ndarray:
+        whole = np.zeros(shape, array.dtype)
+        for g in range(groups):
+            whole[g * rows : (g + 1) * rows, g * ranks : (g + 1) * ranks] = array[g * rows : (g + 1) * rows]
+        return whole
+
+    return b.mapped(spread, shape)
 
 
 def _experts(a: Factor, b: Factor, rank: int) -> tuple[Factor, Factor]:

@@ -89,7 +89,7 @@ class ExtraSorter:
     def _saved_kind(self, name: str) -> tuple[str, str]:
         """Kind and the base's own key of a tensor that belongs to the base itself."""
         own = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        if own.endswith(".bias") and self.config.raw.get("bias", "none") != "none":
+        if "bias" in own.rpartition(".")[2] and self.config.raw.get("bias", "none") != "none":
             return "bias", own
         if ".base_layer." in name or own in self.how:
             return "base_weight", own

@@ -209,7 +209,10 @@ class Handle:
 
         def make() -> tuple[Mixture, dict[str, Any]]:
             mixture = Mixture(self._table(mixtures or ()), index)
-            ways = {layer.name: mixture.way(layer, layer.kind == "linear") for layer in assembly.live_layers()}
+            ways = {
+                layer.name: mixture.way(layer, layer.kind == "linear" and not layer.gated)
+                for layer in assembly.live_layers()
+            }
             return mixture, ways
 
         return Plan(assembly.passes.number, assembly.passes.holders, mixtures, make, index, copies)

@@ -20,7 +20,8 @@ from lorastack.torch.attach import refuse_attached
 from lorastack.torch.places import Place, Places, is_conv1d
 from lorastack.torch.prepare import Candidate, prepare
 from lorastack.torch.prepared import Prepared
-from lorastack.torch.saved import BiasPatch, ModulePatch, Patch, TokenPatch
+from lorastack.torch.saved import BiasPatch, ModulePatch, Patch, ShownPatch, clashes
+from lorastack.torch.tokens import TokenPatch
 from lorastack.torch.wrappers import unwrapped
 from lorastack.ways import Way, ways
 
@@ -177,11 +178,14 @@ def _prepared(candidates: Sequence[Candidate], places: Places, wide: torch.dtype
             continue
         if candidate.scale == 0:
             continue
+        if any(part.tokens for part in own):
+            problems.add(
+                f"{candidate.name}: it acts from its invocation tokens on only, not in every token{ways(_ATTACH)}"
+            )
         for part in own:
             parts.setdefault(part.place.name, []).append((candidate.scale, part))
-        for patch in replaced:
-            if owners.setdefault(patch.claim, candidate.name) != candidate.name:
-                problems.add(f"{owners[patch.claim]} and {candidate.name} both replace {patch.claim}; merge only one")
+        for line in clashes(candidate.name, replaced, owners, "merge"):
+            problems.add(line)
         patches += replaced
     problems.raise_any(UnsupportedError)
     return parts, patches
@@ -222,6 +226,11 @@ def _merge(
             assert bias is not None
             done._keep(patch.module, "bias", on_cpu)
             bias.copy_((bias.to(wide) + patch.difference.to(wide)).to(bias.dtype))
+        elif isinstance(patch, ShownPatch):
+            own = patch.module._parameters[patch.key]
+            assert own is not None
+            done._keep(patch.module, patch.key, on_cpu)
+            own.copy_(patch.tensor)
         elif isinstance(patch, TokenPatch):
             _put_tokens(done, patch, on_cpu)
 
@@ -301,7 +310,7 @@ def _add_biases(
 
 def _put_tokens(done: MergedStack, patch: TokenPatch, on_cpu: bool) -> None:
     """Write trained rows into an embedding, and into a head that was tied to it."""
-    for module in {id(m): m for m in (patch.module, patch.head) if m is not None}.values():
+    for module in patch.modules:
         weight = module._parameters["weight"]
         assert weight is not None
         if not any(k.parameter is weight and k.numbers is not None for k in done._kept):

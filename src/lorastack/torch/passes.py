@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from lorastack.errors import ArgumentError
+from lorastack.torch.activation import Acting, Activation
 from lorastack.torch.plan import Plan, batch_of, plan_of_context
 
 _NUMBERS = itertools.count(1)
@@ -31,7 +32,7 @@ _OURS = str(Path(__file__).parent)
 class Pass:
     """One forward pass of one handle, in one thread."""
 
-    __slots__ = ("entry", "frame", "logits", "mixture", "number", "outer", "rows", "thread", "ways")
+    __slots__ = ("acting", "entry", "frame", "logits", "mixture", "number", "outer", "rows", "thread", "ways")
 
     def __init__(self, number: int, entry: Any) -> None:
         #: Of the handle: compiled code compares numbers, which it may keep as constants.
@@ -46,6 +47,8 @@ class Pass:
         self.ways: dict[str, Any] = {}
         self.rows = 0
         self.logits: torch.Tensor | None = None
+        #: Where adapters with invocation tokens act.
+        self.acting: Acting = {}
 
 
 class _Current(threading.local):
@@ -63,6 +66,8 @@ class Passes:
         self.number = next(_NUMBERS)
         #: Grows when adapters come or go: what a plan made of the factors before is made anew.
         self.version = 0
+        #: Of adapters that act from their invocation tokens on; None without such.
+        self.activation: Activation | None = None
         self.holders: set[Any] = set()
         self._live: set[Pass] = set()
         self._changer: int | None = None
@@ -99,16 +104,20 @@ class Passes:
                 new.mixture, new.ways = plan.made(self.version)
                 new.rows = plan.check_batch(batch_of(args, kwargs))
                 new.logits = plan.logits_of(kwargs)
+            if self.activation is not None:
+                new.acting = self.activation.of(args, kwargs)
         except BaseException:
             self._end(new)
             raise
         new.outer, CURRENT.running = outer, new
         return new
 
-    def leave(self, entry: Any) -> None:
+    def leave(self, entry: Any, output: Any = None) -> None:
         """End the pass that began at ``entry``; nothing when it did not begin one."""
         running = CURRENT.running
         if running is not None and running.number == self.number and running.entry is entry:
+            if running.acting and self.activation is not None and hasattr(output, "past_key_values"):
+                self.activation.keep(output.past_key_values, running.acting)
             CURRENT.running = running.outer
             self._end(running)
 

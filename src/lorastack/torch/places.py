@@ -184,8 +184,6 @@ def _model_dtype(model: nn.Module) -> torch.dtype:
 def _conv_misfit(module: Any, delta: LoraDelta) -> str | None:
     if delta.kind != "conv":
         return f"{type(module).__name__} takes convolution factors, the adapter has {delta.kind} ones"
-    if module.groups != 1:
-        return f"the convolution has {module.groups} groups; only one group is supported"
     have = (module.in_channels, module.out_channels, tuple(module.kernel_size))
     want = (delta.in_features, delta.out_features, delta.factors[0].shape[2:])
     return None if have == want else f"the convolution is {have}, the update {want} (in, out, kernel)"

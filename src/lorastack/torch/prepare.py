@@ -137,8 +137,10 @@ def _prepared(
     dora = bias = None
     magnitude = extras.get("dora", {}).get(place.name)
     if magnitude is not None:
-        if place.kind not in ("linear", "conv") or not _has_plain_weight(place):
-            problems.add(f"weight {place.name}: DoRA needs a plain linear layer or convolution with its weight at hand")
+        if place.kind == "parameter" or not _has_plain_weight(place):
+            problems.add(
+                f"weight {place.name}: DoRA needs a plain linear layer, convolution or embedding with its weight at hand"
+            )
         else:
             dora = Dora(place, delta, magnitude, dtype)
     lora_bias = extras.get("lora_bias", {}).get(place.name)
@@ -149,7 +151,10 @@ def _prepared(
             bias = to_torch(lora_bias, dtype, place.device)
     let_in = any(factor.allow_nonfinite for factor in delta.factors)
     finite = not let_in or bool(a.isfinite().all() and b.isfinite().all())
-    return Prepared(place, a, b, delta.rank, delta.scaling, dora, bias, finite)
+    tokens = extras.get("alora", {}).get("invocation_tokens")
+    if tokens and (place.kind != "linear" or dora is not None):
+        problems.add(f"weight {place.name}: invocation tokens go with plain low-rank updates of linear layers only")
+    return Prepared(place, a, b, delta.rank, delta.scaling, dora, bias, finite, tuple(tokens) if tokens else None)
 
 
 def _has_plain_weight(place: Place) -> bool:
