@@ -61,6 +61,19 @@ def same_numbers(saved: np.ndarray, own: np.ndarray) -> bool:
     )
 
 
+def is_resized(saved: np.ndarray, own: np.ndarray) -> bool:
+    """Whether an embedding that an adapter saved along is the base's own but for the last rows, those of new tokens.
+
+    Who resizes a vocabulary fills the new rows at random; what an adapter was trained with are its own.
+    """
+    if saved.shape != own.shape or saved.ndim != 2:
+        return False
+    near = np.isclose(own.astype(np.float32), saved.astype(np.float32), rtol=SAME_RTOL, atol=SAME_ATOL)
+    same = np.asarray(near.all(axis=1))
+    first = int(np.argmin(same))
+    return first > 0 and not same[first:].any()
+
+
 def _same_as_stored(saved: Factor, base: BaseModel, name: str) -> bool:
     """The same of a base in files, a block of rows at a time: an embedding may have gigabytes."""
     place = base.place_of(name)

@@ -21,7 +21,7 @@ from lorastack.formats.opened import OpenedFile
 from lorastack.formats.peft_config import CONFIG_NAME, PeftConfig, parse_config
 from lorastack.formats.peft_extras import ExtraSorter, frozen, refuse, refuse_empty
 from lorastack.formats.peft_files import open_folder, open_weights
-from lorastack.formats.peft_keys import PREFIX, may_be_wrapped, plain_keys, split
+from lorastack.formats.peft_keys import PREFIX, is_inside, may_be_wrapped, plain_keys, split
 from lorastack.formats.peft_parameters import Parameters
 from lorastack.formats.safetensors_file import FLOATS, Info
 from lorastack.formats.tensors import Renamed, Tensors
@@ -107,9 +107,22 @@ class _Sorter:
                 rest = self._sort_plain()
         if rest:
             self._sort_rest(rest)
+        if isinstance(self.tensors, Renamed):
+            self._count_twice(self.tensors)
         self.extras.check()
         if not self.how and not self.problems:
             self.problems.add(f"{self.tensors.path}: it has no lora_A/lora_B tensors, so it would change nothing")
+
+    def _count_twice(self, tensors: Renamed) -> None:
+        """Double what PEFT adds twice: of a whole `nn.MultiheadAttention` the update of its output projection.
+
+        Its ``MultiheadAttention.merge`` adds it, and then calls the projection's own ``merge``, in every forward pass,
+        those of the training included.
+        """
+        for weight, (key_a, key_b, scaling, *more) in list(self.how.items()):
+            if is_inside(tensors.stored[key_a]):
+                self.how[weight] = (key_a, key_b, 2 * scaling, *more)  # type: ignore[assignment]
+                self.notes += (f"{weight}: PEFT adds it twice, as part of a whole attention; so it is here",)
 
     def _sort_plain(self) -> list[str]:
         """Sort what nearly every key is; returns the keys that are something else, or not as expected."""
@@ -226,7 +239,7 @@ class _Sorter:
                 if dtype not in FLOATS:
                     self.problems.add(f"{where}: tensor {key} is {dtype}, expected a float type")
             kind: Kind = "embedding" if embedding else "linear" if len(shape_a) == 2 else "conv"
-            weight = module.replace(".base_layer.", ".") + ".weight"  # a projection inside a module that is wrapped too
+            weight = module + ".weight"
             parameter = self.parameters.of(module, a)
             # PEFT looks a parameter up by its own name, in the patterns too.
             rank, scaling = self.config.rank_of(parameter or module), self.config.scaling_of(parameter or module)

@@ -93,7 +93,7 @@ class Parameters:
         if depth < len(wanted):
             said = inner_to_outer(wanted) or wanted
             self._problems.add(
-                f"{self._where}: module {holder} has fewer factors than target_parameters {said}; save the adapter again"
+                f"{self._where}: module {holder} has fewer factors than target_parameters {said}; save it again"
             )
             return None
         ordered = inner_to_outer(wanted)

@@ -40,6 +40,7 @@ class _Kept(NamedTuple):
     name: str
     parameter: nn.Parameter | None
     numbers: torch.Tensor | None
+    buffer: torch.Tensor | None = None
 
 
 class MergedStack:
@@ -80,7 +81,10 @@ class MergedStack:
 
     def _bring_back(self) -> None:
         with torch.no_grad():
-            for module, name, parameter, numbers in reversed(self._kept):
+            for module, name, parameter, numbers, buffer in reversed(self._kept):
+                if buffer is not None:
+                    module._buffers[name] = buffer
+                    continue
                 if parameter is not None and numbers is not None:
                     parameter.copy_(numbers)
                 module._parameters[name] = parameter
@@ -211,6 +215,10 @@ def _merge(
             for name, parameter in patch.copy._parameters.items():
                 if parameter is not None and parameter is not patch.module._parameters.get(name):
                     done._put(patch.module, name, parameter)
+            for name, buffer in patch.copy._buffers.items():
+                if (own := patch.module._buffers.get(name)) is not None and own is not buffer:
+                    done._kept.append(_Kept(patch.module, name, None, None, own))
+                    patch.module._buffers[name] = buffer
     for at in parts.values():
         place = at[0][1].place
         _own(done, place.module, place.parameter, shared, on_cpu)
@@ -232,7 +240,7 @@ def _merge(
             done._keep(patch.module, patch.key, on_cpu)
             own.copy_(patch.tensor)
         elif isinstance(patch, TokenPatch):
-            _put_tokens(done, patch, on_cpu)
+            _put_tokens(done, patch, places, on_cpu)
 
 
 def _shared(places: Places) -> set[int]:
@@ -308,11 +316,15 @@ def _add_biases(
     own.copy_((own.to(total.dtype) + total).to(own.dtype))
 
 
-def _put_tokens(done: MergedStack, patch: TokenPatch, on_cpu: bool) -> None:
-    """Write trained rows into an embedding, and into a head that was tied to it."""
-    for module in patch.modules:
-        weight = module._parameters["weight"]
-        assert weight is not None
-        if not any(k.parameter is weight and k.numbers is not None for k in done._kept):
-            done._keep(module, "weight", on_cpu)
-        weight[patch.ids] = patch.rows.to(weight.dtype)
+def _put_tokens(done: MergedStack, patch: TokenPatch, places: Places, on_cpu: bool) -> None:
+    """Write trained rows into every module that has them; one that shares its weight with others gets its own."""
+    weight = patch.modules[0]._parameters["weight"]
+    others = [m for m in places.modules.values() if m._parameters.get("weight") is weight and m not in patch.modules]
+    if others:
+        new = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        for module in patch.modules:
+            done._put(module, "weight", new)
+        weight = new
+    elif not any(k.parameter is weight and k.numbers is not None for k in done._kept):
+        done._keep(patch.modules[0], "weight", on_cpu)
+    weight[patch.ids] = patch.rows.to(weight.dtype)

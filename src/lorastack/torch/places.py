@@ -142,14 +142,24 @@ class Places:
         if place.kind == "parameter":
             stacked = getattr(place.module, place.parameter).dim() == 3
             return Use("experts", says_turned(place.module)) if stacked else None
-        return Use(
-            "linear" if place.kind == "linear" else "embedding", place.kind != "linear" or is_conv1d(place.module)
-        )
+        if place.kind == "embedding":
+            return Use("embedding", True)
+        turned = _keeps_turned(place.module)
+        return None if turned is None else Use("linear", turned)
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D: a linear layer that keeps its weight ``[in, out]``."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _keeps_turned(module: Any) -> bool | None:
+    """Whether a linear layer keeps its weight ``[in, out]``; None where nothing tells, of a square one of any class."""
+    if is_conv1d(module) or isinstance(module, nn.Linear):
+        return is_conv1d(module)
+    n_in, n_out = linear_features(module)
+    shape = tuple(getattr(module.weight, "shape", ()))
+    return None if n_in == n_out or shape not in ((n_in, n_out), (n_out, n_in)) else shape == (n_in, n_out)
 
 
 def says_turned(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from lorastack.errors import NonFiniteError, Problems, UnsupportedError
 from lorastack.torch.dora import Dora
 from lorastack.torch.places import Place, Places
 from lorastack.torch.prepared import Prepared
-from lorastack.torch.saved import Patch, check_saved_embeddings, make_patches
+from lorastack.torch.saved import Patch, make_patches
 from lorastack.torch.tensors import to_torch
 from lorastack.ways import CONVERT, drop_extras, ways
 
@@ -69,7 +69,6 @@ def prepare(
     for kind in sorted(NEVER_LIVE):
         if kind in extras:
             problems.add(f"{KINDS[kind]} cannot be honoured{ways(drop_extras(kind))}")
-    check_saved_embeddings(extras, places, problems)
     parts: list[Prepared] = []
     strange: list[str] = []
     for name, delta in wanted.items():
@@ -139,7 +138,7 @@ def _prepared(
     if magnitude is not None:
         if place.kind == "parameter" or not _has_plain_weight(place):
             problems.add(
-                f"weight {place.name}: DoRA needs a plain linear layer, convolution or embedding with its weight at hand"
+                f"weight {place.name}: DoRA needs a plain linear layer, convolution or embedding, its weight at hand"
             )
         else:
             dora = Dora(place, delta, magnitude, dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorastack.base.fit import changed_base, same_numbers
+from lorastack.base.fit import changed_base, is_resized, same_numbers
 from lorastack.core.factor import Factor
 from lorastack.errors import Problems
 from lorastack.torch.bypass import reads_weight
@@ -19,7 +19,7 @@ from lorastack.torch.passes import not_pickled
 from lorastack.torch.places import Places, is_conv1d
 from lorastack.torch.tensors import to_torch
 from lorastack.torch.tokens import TokenPatch, token_patches
-from lorastack.torch.wrappers import offloaded_to, tensor_at_hand
+from lorastack.torch.wrappers import REPLACED, offloaded_to, tensor_at_hand
 
 
 class _Hooked:
@@ -63,16 +63,12 @@ class BiasPatch(_Hooked):
         return output + difference
 
 
-#: Under this name a saved module holds the base's own, in its ``__dict__``: no part of the model, but of its copies.
-_REPLACED = "_lorastack_replaces"
-
-
 def bring_back_replaced(model: nn.Module) -> None:
     """Put the base's own modules back where saved ones stand in a model, which may be a copy of the one attached to."""
     for parent in list(model.modules()):
         for key, module in parent._modules.items():
-            if module is not None and _REPLACED in module.__dict__:
-                parent._modules[key] = module.__dict__[_REPLACED]
+            if module is not None and REPLACED in module.__dict__:
+                parent._modules[key] = module.__dict__[REPLACED]
 
 
 class ModulePatch:
@@ -86,10 +82,13 @@ class ModulePatch:
         self.claims = (path,)
         self.parent, self.key, self.module = parent, key, module
         self.copy = copy.copy(module)
-        self.copy._parameters = dict(module._parameters)
-        self.copy.__dict__[_REPLACED] = module
+        self.copy._parameters, self.copy._buffers = dict(module._parameters), dict(module._buffers)
+        self.copy.__dict__[REPLACED] = module
         for name, tensor in tensors.items():
-            self.copy._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+            if name in module._buffers:
+                self.copy._buffers[name] = tensor
+            else:
+                self.copy._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         self._on = True
         self._attached = False
 
@@ -178,7 +177,8 @@ def make_patches(extras: Any, places: Places, problems: Problems) -> list[Patch]
             patches.append(BiasPatch(name, module, to_torch(factor, torch.float32, own.device), own))
         else:
             patches.append(ShownPatch(name, module, to_torch(factor, own.dtype, own.device)))
-    patches += _module_patches(extras.get("modules_to_save", {}), places, problems)
+    saved = {**extras.get("modules_to_save", {}), **resized_embeddings(extras, places, problems)}
+    patches += _module_patches(saved, places, problems)
     return patches + token_patches(extras.get("new_tokens", {}), places, problems)
 
 
@@ -192,7 +192,7 @@ def _module_patches(saved: dict[str, Factor], places: Places, problems: Problems
     for name, factor in saved.items():
         path, _, parameter = name.rpartition(".")
         module = places.modules.get(path)
-        own = None if module is None else module._parameters.get(parameter)
+        own = None if module is None else _held(module).get(parameter)
         if own is None:
             problems.add(f"saved module weight {name} is none of the model's")
         elif own.shape != factor.shape:
@@ -205,19 +205,33 @@ def _module_patches(saved: dict[str, Factor], places: Places, problems: Problems
         if offloaded_to(module) is not None:
             problems.add(f"saved module {path}: accelerate offloads the model's own, which cannot be replaced then")
             continue
-        like: dict[str, Any] = {name: module._parameters[name] for name in factors}
+        like = {name: _held(module)[name] for name in factors}
         tensors = {n: to_torch(f, like[n].dtype, like[n].device) for n, f in factors.items()}
         patches.append(ModulePatch(path, parent, key, module, tensors))
     return patches
 
 
-def check_saved_embeddings(extras: Any, places: Places, problems: Problems) -> None:
-    """Embeddings that PEFT saved along must be the base's own; others are a changed base in disguise."""
+def _held(module: nn.Module) -> dict[str, Any]:
+    """A module's own parameters and buffers: a norm of batches is saved with the means it has seen."""
+    return {**module._parameters, **module._buffers}
+
+
+def resized_embeddings(extras: Any, places: Places, problems: Problems) -> dict[str, Factor]:
+    """The embeddings that PEFT saved along whose last rows are not the base's own: new tokens, which are the adapter's.
+
+    Others are a changed base in disguise, and added to ``problems``.
+    """
+    found = {}
     for name, factor in extras.get("base_weight", {}).items():
         path, _, parameter = name.rpartition(".")
         module = places.modules.get(path)
         own = None if module is None else tensor_at_hand(module, parameter)
         if own is None:
             problems.add(f"saved base weight {name} is none of the model's")
-        elif not same_numbers(factor.raw(), own.detach().float().cpu().numpy()):
+            continue
+        numbers = own.detach().float().cpu().numpy()
+        if is_resized(factor.raw(), numbers):
+            found[name] = factor
+        elif not same_numbers(factor.raw(), numbers):
             problems.add(changed_base(name, factor.shape, tuple(own.shape)))
+    return found

@@ -73,6 +73,7 @@ class TokenPatch:
 def token_patches(new_tokens: dict[str, tuple[tuple[int, ...], Factor]], places: Places, problems: Problems) -> Any:
     """The patches of an adapter's trained tokens; what finds no place is added to ``problems``."""
     patches = []
+    named = {name.removesuffix(".weight") for name in new_tokens}
     for name, (ids, factor) in new_tokens.items():
         module: Any = places.modules.get(name.removesuffix(".weight"))
         weight = module._parameters.get("weight") if isinstance(module, (nn.Embedding, nn.Linear)) else None
@@ -82,12 +83,15 @@ def token_patches(new_tokens: dict[str, tuple[tuple[int, ...], Factor]], places:
             problems.add(f"token rows of {name}: token {max(ids)} is outside the vocabulary of {len(weight)}")
         else:
             rows = to_torch(factor, weight.dtype, weight.device)
-            patches.append(TokenPatch(name, _with_weight(places, module, weight), ids, rows))
+            patches.append(TokenPatch(name, _with_weight(places, module, named), ids, rows))
     return patches
 
 
-def _with_weight(places: Places, first: nn.Module, weight: torch.Tensor) -> list[nn.Module]:
-    """Every embedding and linear layer that has this weight; PEFT changes all that share it."""
-    kinds = (nn.Embedding, nn.Linear)
-    found = [m for m in places.modules.values() if isinstance(m, kinds) and m._parameters.get("weight") is weight]
-    return list({id(module): module for module in (first, *found)}.values())
+def _with_weight(places: Places, first: nn.Module, named: set[str]) -> list[nn.Module]:
+    """Every embedding and linear layer with this one's weight, but those that have rows of their own, as PEFT does."""
+    found = {id(first): first}
+    for path, module in places.modules.items():
+        shares = isinstance(module, (nn.Embedding, nn.Linear)) and module._parameters.get("weight") is first.weight
+        if shares and path not in named:
+            found[id(module)] = module
+    return list(found.values())

@@ -54,7 +54,9 @@ class LoraWeight(torch.Tensor):
         if rule is not None:
             result = rule(func, args, kwargs)
             if result is not NotImplemented:
-                next(arg for arg in _all(args, kwargs) if isinstance(arg, LoraWeight)).owner.reached = True
+                for arg in _all(args, kwargs):
+                    if isinstance(arg, LoraWeight):
+                        arg.owner.reached = True
                 return result
         if name in _HARMLESS:
             plain = [arg.base if isinstance(arg, LoraWeight) else arg for arg in args]
