@@ -18,6 +18,7 @@ from lorastack.torch.compiled import forget_compiled
 from lorastack.torch.entry import Entry, entries_of
 from lorastack.torch.experts import LiveParameter
 from lorastack.torch.layer import LiveLayer
+from lorastack.torch.layout import time_first
 from lorastack.torch.passes import Passes
 from lorastack.torch.places import Places
 from lorastack.torch.prepare import Candidate, prepare
@@ -67,6 +68,7 @@ class Assembly:
         self.candidates: list[Candidate] = []
         self.entries: list[Entry] = []
         self.scales = Scales()
+        self._turned: set[nn.Module] | None = None
         #: The layers at which more than ``s`` follows the scales.
         self._followers: list[Live] = []
         self.report = Report()
@@ -77,6 +79,10 @@ class Assembly:
     def names(self) -> tuple[str, ...]:
         """The adapters' names, in order."""
         return tuple(candidate.name for candidate in self.candidates)
+
+    def modules_now(self) -> dict[str, nn.Module]:
+        """Path -> module, of the model as it is."""
+        return dict(self.model.named_modules())
 
     def live_layers(self) -> list[LiveLayer]:
         """The layers that rows can be told apart at."""
@@ -282,7 +288,9 @@ class Assembly:
     def _settle(self) -> None:
         """Bring hooks, scales and the report in line with the adapters there are."""
         self.scales.lay_out(list(self.layers.values()), [c.scale for c in self.candidates])
+        self._turned = turned = time_first(self.model) if self._turned is None else self._turned
         for layer in self.layers.values():
+            layer.time_first = layer.place.module in turned
             layer.attach()
         for patch in [patch for group in self.patches for patch in group]:
             patch.attach()

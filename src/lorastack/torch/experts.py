@@ -33,7 +33,7 @@ class LiveParameter:
         self.s = torch.empty(0)
         self.bias = None
         self.reached = False
-        self._shown = False
+        self._shown = self.time_first = False
 
     def add(self, entry: int, part: Prepared) -> None:
         """Put an adapter's factors behind the others'."""

@@ -33,6 +33,8 @@ class LiveLayer(Factors):
         #: Whether a pass got here.
         self.reached = False
         self.bias: torch.Tensor | None = None
+        #: Whether the batch is the second axis here.
+        self.time_first = False
         self.embed_scale = getattr(place.module, "embed_scale", None) if place.kind == "embedding" else None
         self._handle: Any = None
 
@@ -85,6 +87,10 @@ class LiveLayer(Factors):
             return self._acting(running, x, output)
         if running.mixture is not None:
             way = running.ways[self.name]
+            if self.time_first:
+                turned = x.transpose(0, 1), output.transpose(0, 1)
+                added: torch.Tensor = running.mixture.add_linear(way, running, *turned, False)
+                return added.transpose(0, 1)
             return running.mixture.add_linear(way, running, x, output, self.may_add_in_place(output))
         if self.in_order:
             return self._one_by_one(x, output, lambda t, a: F.linear(t, a), lambda t, b: F.linear(t, b))
@@ -131,7 +137,11 @@ class LiveLayer(Factors):
         h = self._rows_of(ids, self.a)
         if running.mixture is None:
             h = h * self.s
+        elif self.time_first:
+            h = running.mixture.scale(running.ways[self.name], running, h.transpose(0, 1), h).transpose(0, 1)
         else:
+            if running.is_shared(ids):  # positions, looked up once: the rows differ in what comes of them
+                h = h.expand(running.rows, *h.shape[-2:])
             h = running.mixture.scale(running.ways[self.name], running, h, h)
         y = self._widened(h, self.b)
         return (output.to(y.dtype) + y).to(output.dtype)
@@ -166,7 +176,9 @@ class LiveLayer(Factors):
         else:
             last = running.mixture.scale(running.ways[self.name], running, last, last)
         y = conv(last.movedim(-1, channels).contiguous(), self.b)
-        if self.bias is not None:
+        if running.mixture is not None:
+            y = running.mixture.with_bias(running.ways[self.name], y.movedim(channels, -1)).movedim(-1, channels)
+        elif self.bias is not None:
             y = y + self.bias.view(-1, *[1] * len(module.kernel_size))
         return (output.to(y.dtype) + y).to(output.dtype)
 
