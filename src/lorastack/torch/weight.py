@@ -145,26 +145,28 @@ def _attention(func: Any, args: Any, kwargs: Any) -> Any:
              "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias")  # fmt: skip
     said = dict(zip(names, args, strict=False)) | kwargs
     out, into = said["out_proj_weight"], said["in_proj_weight"]
-    allowed = ("out_proj_weight", "in_proj_weight")
-    if any(isinstance(value, LoraWeight) for name, value in said.items() if name not in allowed):
+    apart = [f"{one}_proj_weight" for one in "qkv"] if said.get("use_separate_proj_weight") else []
+    if any(isinstance(value, LoraWeight) for name, value in said.items() if not name.endswith("_proj_weight")):
         return NotImplemented
+    biases = (None,) * 3 if said["in_proj_bias"] is None else said["in_proj_bias"].chunk(3)
     width = said["embed_dim_to_check"]
-    if isinstance(into, LoraWeight):
-        parts = into.base.chunk(3), into.left.chunk(3)
-        biases = (None,) * 3 if said["in_proj_bias"] is None else said["in_proj_bias"].chunk(3)
-        for name, base, left, bias in zip(("query", "key", "value"), *parts, biases, strict=True):
-            x = said[name]
-            said[name] = F.linear(x, base, bias) + F.linear(F.linear(x, into.right), left)
-        said["in_proj_weight"] = torch.eye(width, dtype=into.base.dtype, device=into.base.device).repeat(3, 1)
+    if apart and any(isinstance(said[name], LoraWeight) for name in apart):
+        for name, weight, bias in zip(("query", "key", "value"), apart, biases, strict=True):
+            w = said[weight]
+            said[name] = F.linear(said[name], w, bias)
+            said[weight] = torch.eye(width, dtype=w.dtype, device=w.device)
+        said["in_proj_bias"] = None
+    elif isinstance(into, LoraWeight):
+        for name, part, bias in zip(("query", "key", "value"), into.chunk(3), biases, strict=True):
+            said[name] = F.linear(said[name], part, bias)
+        said["in_proj_weight"] = torch.eye(width, dtype=into.dtype, device=into.device).repeat(3, 1)
         said["in_proj_bias"] = None
     bias = said["out_proj_bias"]
     if isinstance(out, LoraWeight):
         said["out_proj_weight"] = torch.eye(out.base.shape[1], dtype=out.base.dtype, device=out.base.device)
         said["out_proj_bias"] = None
     inner, weights = func(*(said.pop(name) for name in names), *args[len(names) :], **said)
-    if isinstance(out, LoraWeight):
-        inner = F.linear(inner, out.base, bias) + F.linear(F.linear(inner, out.right), out.left)
-    return inner, weights
+    return F.linear(inner, out, bias) if isinstance(out, LoraWeight) else inner, weights
 
 
 def _pick(func: Any, args: Any, kwargs: Any) -> Any:
@@ -210,6 +212,21 @@ def _chunk(func: Any, args: Any, kwargs: Any) -> Any:
         pieces.append(_narrow(w, dim, start, piece.shape[dim]))
         start += piece.shape[dim]
     return tuple(pieces)
+
+
+def _cat(func: Any, args: Any, kwargs: Any) -> Any:
+    """Matrices one below the other, or side by side: each has its own ranks."""
+    parts, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else 0) % 2
+    if any(part.dim() != 2 for part in parts) or set(kwargs) - {"dim"}:
+        return NotImplemented
+    owner = next(part.owner for part in parts if isinstance(part, LoraWeight))
+    bases = [part.base if isinstance(part, LoraWeight) else part for part in parts]
+    lefts = [part.left if isinstance(part, LoraWeight) else part.new_zeros(len(part), 0) for part in parts]
+    rights = [part.right if isinstance(part, LoraWeight) else part.new_zeros(0, part.shape[1]) for part in parts]
+    left, right = (
+        (torch.block_diag(*lefts), func(rights, 0)) if dim == 0 else (func(lefts, 1), torch.block_diag(*rights))
+    )
+    return LoraWeight.of(func(bases, dim), left, right, owner)
 
 
 def _turn(func: Any, args: Any, kwargs: Any) -> Any:
@@ -261,7 +278,8 @@ _RULES = {
     "bmm": _matmul, "mm": _matmul, "addmm": _addmm, "baddbmm": _addmm, "einsum": _einsum, "embedding": _embedding,
     "grouped_mm": _grouped, "_grouped_mm": _grouped,
     "grouped_mm_fallback": _grouped, "transformers.grouped_mm_fallback": _grouped,
-    "__getitem__": _pick, "chunk": _chunk, "split": _chunk, "view": _reshaped, "reshape": _reshaped,
+    "__getitem__": _pick, "chunk": _chunk, "split": _chunk, "cat": _cat, "concat": _cat,
+    "view": _reshaped, "reshape": _reshaped,
     "transpose": _turn, "swapaxes": _turn, "swapdims": _turn, ".mT": _turn, "permute": _permute,
     "t": _transpose_of_two, ".T": _transpose_of_two,
     **dict.fromkeys("float half bfloat16 double to type type_as contiguous clone detach cuda cpu .data".split(),
