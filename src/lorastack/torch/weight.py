@@ -223,9 +223,8 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
     bases = [part.base if isinstance(part, LoraWeight) else part for part in parts]
     lefts = [part.left if isinstance(part, LoraWeight) else part.new_zeros(len(part), 0) for part in parts]
     rights = [part.right if isinstance(part, LoraWeight) else part.new_zeros(0, part.shape[1]) for part in parts]
-    left, right = (
-        (torch.block_diag(*lefts), func(rights, 0)) if dim == 0 else (func(lefts, 1), torch.block_diag(*rights))
-    )
+    diagonal: Any = torch.block_diag
+    left, right = (diagonal(*lefts), func(rights, 0)) if dim == 0 else (func(lefts, 1), diagonal(*rights))
     return LoraWeight.of(func(bases, dim), left, right, owner)
 
 
