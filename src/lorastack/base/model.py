@@ -27,8 +27,9 @@ MAX_LAYERS, MAX_HEADS = 1_000, 65_536
 #: Classes with transformers' Conv1D, and the layers that are.
 _WITH_CONV1D = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer")
 _CONV1D = tuple(f".{layer}.weight" for layer in ("c_attn", "q_attn", "c_proj", "c_fc"))
-#: Classes whose experts are kept ``[E, in, out]``, used through ``bmm``: a square one does not say so.
-_TURNED_EXPERTS = ("GptOssForCausalLM", "GptOssModel", "Llama4ForCausalLM", "Llama4ForConditionalGeneration")
+#: Classes whose experts say of themselves that they are ``[E, in, out]`` (``is_transposed``): a square one does not
+#: show it. Llama 4 keeps them so too and does not say it: to PEFT its factors are those of ``[E, out, in]``.
+_TURNED_EXPERTS = ("GptOss", "OpenAIPrivacyFilter", "Aria")
 
 
 class Part(NamedTuple):
@@ -52,6 +53,13 @@ class Stored:
     parts: tuple[Part, ...] = ()
 
 
+class Use(NamedTuple):
+    """The kind of update that a weight takes, and whether it is kept ``[in, out]``."""
+
+    kind: Kind
+    turned: bool
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """A base model's weight names, shapes and configuration; no weight is read before `weight` asks for it.
@@ -73,6 +81,8 @@ class BaseModel:
         The models of an image pipeline, whose names are the fronts of its weights'; empty for a single model.
     single_file
         Whether it is one .safetensors file, and no folder.
+    use
+        How a live model computes with a weight; of a base from files `roles.use_of` tells.
     """
 
     name: str
@@ -86,6 +96,7 @@ class BaseModel:
     renaming: Callable[[], Rename | None] | None = field(default=None, repr=False, compare=False)
     parts: tuple[str, ...] = field(default=(), repr=False)
     single_file: bool = field(default=False, repr=False)
+    use: Callable[[str], Use | None] | None = field(default=None, repr=False, compare=False)
 
     def own_name(self, name: str) -> str | None:
         """The base's own name of the weight that an adapter calls ``name``; None when it has none.
@@ -94,6 +105,8 @@ class BaseModel:
         """
         if name in self.shapes or self.naming != "hf":
             return name if name in self.shapes else None
+        if (packed := f"{name.removesuffix('weight')}in_proj_weight") in self.shapes:
+            return packed  # to PEFT the projections of nn.MultiheadAttention are its weight
         model_type = self.config.get("model_type")
         if self.parts:
             others = in_pipeline(name, self.parts)
@@ -261,11 +274,13 @@ class BaseModel:
         array = self.weight(name)
         if delta.kind == "conv":
             return array.reshape(1, array.shape[0], -1)
-        wide = array if delta.kind == "experts" else array[None]
+        wide = array if array.ndim == 3 else array[None]
         return wide.swapaxes(1, 2) if self.turned(name, delta) else wide
 
     def turned(self, name: str, delta: LoraDelta) -> bool:
         """Whether the weight is kept ``[in, out]``: an embedding, GPT-2's ``Conv1D``, the experts of some models."""
+        if delta.kind == "stored":
+            return False
         if delta.kind == "experts":
             shape = (self.shape_of(name) or ())[-2:]
             if delta.in_features != delta.out_features:
@@ -275,7 +290,7 @@ class BaseModel:
     def kept_turned(self, name: str, kind: Kind) -> bool:
         """The same where there is no update yet whose shape would say it: a model keeps its experts one way."""
         if kind == "experts":
-            return self.architecture_name in _TURNED_EXPERTS
+            return (self.architecture_name or "").startswith(_TURNED_EXPERTS)
         return kind == "embedding" or (kind == "linear" and self._is_conv1d(name))
 
     def misfit(self, name: str, delta: LoraDelta) -> str | None:
@@ -294,6 +309,8 @@ class BaseModel:
             return [(n_in, n_out)]
         if delta.kind == "conv":
             return [(n_out, *delta.factors[0].shape[1:])]
+        if delta.kind == "stored":
+            return [(delta.num_experts, n_out, n_in)] if delta.num_experts else [(n_out, n_in), (1, n_out, n_in)]
         if delta.kind == "experts":
             experts = delta.num_experts or 0
             return list(dict.fromkeys([(experts, n_out, n_in), (experts, n_in, n_out)]))

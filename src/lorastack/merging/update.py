@@ -245,7 +245,7 @@ def shape_in_file(shape: tuple[int, ...], kind: str | None) -> tuple[int, int, i
     >>> shape_in_file((8, 16, 4), "experts"), shape_in_file((16, 3, 5, 5), "conv"), shape_in_file((7,), None)
     ((8, 16, 4), (1, 16, 75), (1, 1, 7))
     """
-    if kind == "experts" and len(shape) == 3:
+    if kind in ("experts", "stored") and len(shape) == 3:
         return shape[0], shape[1], shape[2]
     if kind == "conv":
         return 1, shape[0], math.prod(shape[1:])
