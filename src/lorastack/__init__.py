@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorastack.base import convert_names as convert_names
+    from lorastack.converting import convert as convert
     from lorastack.core.adapter import LoadedLora as LoadedLora
     from lorastack.core.adapter import LoraAdapter as LoraAdapter
     from lorastack.core.delta import LoraDelta as LoraDelta
@@ -31,6 +32,7 @@ _HOMES = {
     "LoraStackError": "errors",
     "LoraStackWarning": "errors",
     "TargetModule": "core.target",
+    "convert": "converting",
     "convert_names": "base",
     "extract": "extracting",
     "load": "recipe",
@@ -47,6 +49,7 @@ __all__ = [  # noqa: PLE0604, RUF100
     "LoraStackError",
     "LoraStackWarning",
     "TargetModule",
+    "convert",
     "convert_names",
     "load",
     "save",
