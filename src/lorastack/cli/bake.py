@@ -23,6 +23,7 @@ from lorastack.cli.options import (
     Ignore,
     Json,
     Method,
+    Program,
     Quiet,
     Rename,
     StoredType,
@@ -33,6 +34,7 @@ from lorastack.errors import ArgumentError
 if TYPE_CHECKING:
     from lorastack.core.adapter import LoadedLora
     from lorastack.core.target import Naming
+    from lorastack.formats.writers import Format
 
 
 def bake(
@@ -47,6 +49,7 @@ def bake(
     tolerance: Tolerance = None,
     density: Density = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of dare's random masks.")] = 0,
+    program: Program = None,
     scales: Annotated[
         str | None,
         typer.Option(
@@ -86,13 +89,15 @@ def bake(
     """
     from lorastack.algebra.bake import with_coefficient
     from lorastack.cli.progress import step_bar
+    from lorastack.converting.new_file import fitting, row_of
     from lorastack.files import check_output
     from lorastack.recipe import Recipe, recipe_files
 
     outputs = _outputs(output, parse_sweep(scales))
     for path, _ in outputs:
         check_output(path, force)
-    as_gguf = output.suffix == ".gguf"
+    row = row_of(output, None, program) if program else None
+    as_gguf = row.format == "gguf" if row else output.suffix == ".gguf"
     recipe = Recipe.of_words(adapters, base)
     for path, _ in outputs:
         check_output(path, force, recipe.sources + recipe_files(adapters))
@@ -129,7 +134,9 @@ def bake(
     written: list[dict[str, Any]] = []
     for path, coefficient in outputs:
         lora = baked if coefficient is None else with_coefficient(baked, coefficient)
-        write_adapter(lora, path, dtype, force)
+        if row:
+            lora = fitting(lora, row, model)
+        write_adapter(lora, path, dtype, force, row.format if row else None)
         written.append(_numbers(lora, path, coefficient, len(stack)))
         if not as_json:
             remark(f"{path}: {_words(lora, len(stack))}")
@@ -160,7 +167,7 @@ def _numbers(lora: LoadedLora, path: Path, coefficient: float | None, adapters: 
     }
 
 
-def write_adapter(lora: LoadedLora, output: Path, dtype: str | None, force: bool) -> None:
+def write_adapter(lora: LoadedLora, output: Path, dtype: str | None, force: bool, format: Format | None = None) -> None:
     """Save an adapter, with a bar."""
     from lorastack.cli.progress import byte_bar
     from lorastack.formats import save
@@ -171,7 +178,7 @@ def write_adapter(lora: LoadedLora, output: Path, dtype: str | None, force: bool
         for f in delta.factors
     )
     with byte_bar(f"writing {output.name}", total) as advance:
-        save(lora, output, dtype=dtype, force=force, progress=advance)
+        save(lora, output, format=format, dtype=dtype, force=force, progress=advance)
 
 
 def _words(lora: LoadedLora, adapters: int) -> str:

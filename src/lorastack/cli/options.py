@@ -23,6 +23,12 @@ def _methods() -> list[str]:
     return list(METHODS)
 
 
+def _programs() -> list[str]:
+    from lorastack.targets import TARGETS
+
+    return [row.name for row in TARGETS.values() if row.is_program]
+
+
 Adapters = Annotated[
     list[str],
     typer.Argument(
@@ -54,6 +60,15 @@ Base = Annotated[
 AdapterOutput = Annotated[
     Path,
     typer.Option("--output", "-o", metavar="OUT", help="NAME.gguf for a GGUF adapter, else a folder for PEFT."),
+]
+Program = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="PROGRAM",
+        autocompletion=_programs,
+        help="The program that will read it: vllm, sglang, llama.cpp, ollama, comfyui-app or mlx-lm.",
+    ),
 ]
 Method = Annotated[
     str,
