@@ -18,9 +18,11 @@ from lorastack.cli.options import (
     Base,
     Density,
     DropExtras,
+    FileFormat,
     Force,
     Ignore,
     Json,
+    LokrRank,
     Method,
     Quiet,
     Rename,
@@ -58,6 +60,8 @@ def bake(
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    lokr_rank: LokrRank = None,
+    format: FileFormat = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -90,7 +94,7 @@ def bake(
     outputs = _outputs(output, parse_sweep(scales))
     for path, _ in outputs:
         check_output(path, force)
-    as_gguf = output.suffix == ".gguf"
+    as_gguf = output.suffix == ".gguf" or format == "gguf"
     recipe = Recipe.of_words(adapters, base)
     for path, _ in outputs:
         check_output(path, force, recipe.sources + recipe_files(adapters))
@@ -102,6 +106,7 @@ def bake(
         allow_nonfinite=allow_nonfinite,
         ignore=ignore or (),
         rename=parse_renames(rename),
+        rank=lokr_rank,
         drop_extras=drop_extras,
     )
     if as_gguf and stack.naming == "hf":
@@ -126,7 +131,7 @@ def bake(
     written: list[dict[str, Any]] = []
     for path, coefficient in outputs:
         lora = baked if coefficient is None else with_coefficient(baked, coefficient)
-        write_adapter(lora, path, dtype, force)
+        write_adapter(lora, path, dtype, force, format)
         written.append(_numbers(lora, path, coefficient, len(stack)))
         if not as_json:
             remark(f"{path}: {_words(lora, len(stack))}")
@@ -138,7 +143,7 @@ def bake(
 
 def _outputs(output: Path, coefficients: list[float]) -> list[tuple[Path, float | None]]:
     """The output of every merge coefficient, named after it."""
-    suffix = output.suffix if output.suffix == ".gguf" else ""
+    suffix = output.suffix if output.suffix in (".gguf", ".safetensors") else ""
     stem = output.name.removesuffix(suffix)
     return [(output.with_name(f"{stem}-{c:g}{suffix}"), c) for c in coefficients] or [(output, None)]
 
@@ -157,7 +162,7 @@ def _numbers(lora: LoadedLora, path: Path, coefficient: float | None, adapters: 
     }
 
 
-def write_adapter(lora: LoadedLora, output: Path, dtype: str | None, force: bool) -> None:
+def write_adapter(lora: LoadedLora, output: Path, dtype: str | None, force: bool, format: Any = None) -> None:
     """Save an adapter, with a bar."""
     from lorastack.cli.progress import byte_bar
     from lorastack.formats import save
@@ -168,7 +173,7 @@ def write_adapter(lora: LoadedLora, output: Path, dtype: str | None, force: bool
         for f in delta.factors
     )
     with byte_bar(f"writing {output.name}", total) as advance:
-        save(lora, output, dtype=dtype, force=force, progress=advance)
+        save(lora, output, format=format, dtype=dtype, force=force, progress=advance)
 
 
 def _words(lora: LoadedLora, adapters: int) -> str:

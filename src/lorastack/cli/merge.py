@@ -19,6 +19,7 @@ from lorastack.cli.options import (
     Force,
     Ignore,
     Json,
+    LokrRank,
     Method,
     Quiet,
     Rename,
@@ -89,6 +90,7 @@ def merge_command(
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    lokr_rank: LokrRank = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -120,6 +122,7 @@ def merge_command(
         allow_nonfinite=allow_nonfinite,
         ignore=ignore or (),
         rename=parse_renames(rename),
+        rank=lokr_rank,
         drop_extras=drop_extras,
     )
     with _bars() as progress:
