@@ -226,7 +226,7 @@ def test_an_attention_as_a_whole(tmp_path: Path) -> None:
 def test_in_memory_updates_of_experts_go_through_llama_4(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = tf.Llama4TextConfig(**GROUPED, head_dim=8, intermediate_size_mlp=48, num_local_experts=4,
-                                 num_experts_per_tok=1, interleave_moe_layer_step=1, attention_chunk_size=16)  # fmt: skip
+                                 num_experts_per_tok=1, interleave_moe_layer_step=1)  # fmt: skip
     model = tf.Llama4ForCausalLM(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
