@@ -79,9 +79,9 @@ def test_a_table_that_layers_compute_with_is_refused_before_the_first_pass(tmp_p
         pass
     check(deberta, tmp_path / "b", {"input_ids": ids(7) % 60}, target_modules=["value_proj", "dense"])
     t5 = made(ALL["seq2seq-t5"])
-    saved(t5, tmp_path / "c", target_modules=["relative_attention_bias"])
+    saved(t5, tmp_path / "c" / "a", target_modules=["relative_attention_bias"])
     with (
-        attach(t5, load(tmp_path / "c")) as handle,
+        attach(t5, load(tmp_path / "c" / "a")) as handle,
         pytest.raises(UnsupportedError, match=r"relative_attention_bias.weight, which sees a table of positions"),
         handle.rows(MIXTURES),
     ):
