@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from lorastack import LoadedLora, LoraStack
 from lorastack.base import open_base
-from lorastack.base.original import OriginalNames
+from lorastack.base.checkpoint import OriginalNames
 from lorastack.cli import app
 from lorastack.errors import ArgumentError, FormatError, NamingError, UnsupportedError
 from lorastack.extracting import extract

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from lorastack.base.checkpoint import OriginalNames, is_original
 from lorastack.base.model import BaseModel, Part, Stored
-from lorastack.base.original import OriginalNames, is_original
 from lorastack.base.parts import part_of
 from lorastack.errors import FormatError, Problems, UnsupportedError, shown
 from lorastack.files import below, present
