@@ -16,17 +16,21 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encod
 FRONTS = frozenset((*DENOISERS, *TEXT_ENCODERS, "vae", "image_encoder", "controlnet", "safety_checker"))
 #: Those that no other kind of model has as the front of its names.
 ONLY_OF_IMAGES = frozenset(("unet", "vae", *TEXT_ENCODERS))
+#: Fronts of kohya's names; its ``lora_unet_`` is any model that removes noise.
+_KOHYA = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
 _INNER = "text_model."
 
 
 def part_of(name: str) -> str | None:
-    """The part that a weight's name begins with; None where it begins with none.
+    """The part of a pipeline that a weight's name says it is of; None where it says none.
 
     >>> part_of("text_encoder_2.text_model.final_layer_norm.weight"), part_of("mid_block.resnets.0.conv1.weight")
     ('text_encoder_2', None)
     """
     front = name.partition(".")[0]
-    return front if front in FRONTS else None
+    if front in FRONTS:
+        return front
+    return next((part for front, part in _KOHYA.items() if name.startswith(front)), None)
 
 
 def in_pipeline(name: str, parts: Sequence[str]) -> Iterator[str]:
