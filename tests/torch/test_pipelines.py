@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from lorastack import LoadedLora, LoraStack
 from lorastack.errors import ArgumentError, UnknownNameError, UnsupportedError
@@ -255,3 +256,14 @@ def test_another_thread_does_not_get_a_schedules_scales() -> None:
     thread.start()
     thread.join()
     assert len(told) == 1
+
+
+def test_a_text_encoders_adapter_is_not_taken_for_a_vision_models() -> None:
+    lora = adapter(stable_diffusion(), ("text_encoder",)).with_weights_renamed({"text_encoder": ""})
+    assert all(name.startswith("text_model.encoder.layers") for name in lora.adapters)
+    layers = SimpleNamespace(hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=3)
+    vision = CLIPVisionModel(CLIPVisionConfig(**vars(layers), image_size=16, patch_size=8))
+    with pytest.raises(UnsupportedError):
+        attach(vision, lora)
+    with attach(stable_diffusion().text_encoder, lora):
+        pass

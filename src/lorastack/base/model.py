@@ -94,7 +94,9 @@ class BaseModel:
         if name in self.shapes or self.naming != "hf":
             return name if name in self.shapes else None
         model_type = self.config.get("model_type")
-        of_one = chain(in_text_encoder(name), other_spellings(name, model_type, self.prefix, self._first_parts))
+        of_one = chain(
+            in_text_encoder(name, self.shapes), other_spellings(name, model_type, self.prefix, self._first_parts)
+        )
         for other in in_pipeline(name, self.parts) if self.parts else of_one:
             if other in self.shapes:
                 return other

@@ -7,7 +7,7 @@ is ``text_model`` inside its class in some versions of transformers, and the cla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 #: The models that remove noise, the likeliest first: what a name without a front is of.
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
@@ -18,7 +18,7 @@ FRONTS = frozenset((*DENOISERS, *TEXT_ENCODERS, "vae", "image_encoder", "control
 ONLY_OF_IMAGES = frozenset(("unet", "vae", *TEXT_ENCODERS))
 #: Fronts of kohya's names; its ``lora_unet_`` is any model that removes noise.
 _KOHYA = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
-_INNER = "text_model."
+_INNER, _WORDS = "text_model.", "embeddings.token_embedding.weight"
 
 
 def part_of(name: str) -> str | None:
@@ -43,13 +43,13 @@ def in_pipeline(name: str, parts: Sequence[str]) -> Iterator[str]:
         yield f"{part}.{name}"
 
 
-def in_text_encoder(name: str) -> Iterator[str]:
-    """What a text encoder that is given by itself may call the weight ``name``."""
+def in_text_encoder(name: str, shapes: Collection[str]) -> Iterator[str]:
+    """What a text encoder that is given by itself, with weights of these names, may call the weight ``name``."""
     front, _, rest = name.partition(".")
     if front in TEXT_ENCODERS:
         yield rest
-        yield from _inner(rest)
-    elif front + "." == _INNER or front in ("encoder", "embeddings", "final_layer_norm"):
+        name = rest
+    if f"{_INNER}{_WORDS}" in shapes or _WORDS in shapes:  # CLIP's, and no vision model, which has the same layers
         yield from _inner(name)
 
 
