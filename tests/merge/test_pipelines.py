@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,8 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path: Path) -> None:
         open_base(tmp_path / "base")
     assert len(caught.value.problems) == 2
     index.write_text(json.dumps(said))
+    for other in ("scheduler", "tokenizer"):  # of a hub id they are not fetched
+        shutil.rmtree(tmp_path / "base" / other)
     weights = tmp_path / "base/unet/diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert len(open_base(tmp_path / "base").parts) == 3
@@ -357,3 +360,27 @@ def test_odd_names_in_a_checkpoint_are_no_weights_and_no_crash(data: st.DataObje
 
 with torch.device("meta"):
     KEYS = sorted({re.sub(r"\d+", "1", key): key for key in checkpoint(stable_diffusion_xl())}.values())
+
+
+@pytest.mark.parametrize("front", ["", "text_model."])
+def test_a_text_encoders_names_fit_folders_of_older_and_newer_saves(front: str, tmp_path: Path) -> None:
+    pipe = stable_diffusion()
+    lora = adapter(pipe, ("text_encoder",))
+    flat = LoadedLora.from_tensors(
+        {n.replace("text_model.", ""): tuple(f.take() for f in d.factors) for n, d in lora.adapters.items()}, alpha=2
+    )
+    pipe.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base/text_encoder/model.safetensors"
+    before = {name.removeprefix("text_model."): tensor for name, tensor in load_file(path).items()}
+    save_file({front + name: tensor for name, tensor in before.items()}, path, metadata={"format": "pt"})
+    found = []
+    for n, one in enumerate((lora, flat)):
+        done = merge(tmp_path / "base", one, tmp_path / f"new{n}", verify=True)
+        assert done.changed == len(lora.adapters)
+        found.append(load_file(tmp_path / f"new{n}/text_encoder/model.safetensors"))
+        assert all(torch.equal(tensor, found[0][name]) for name, tensor in found[n].items())
+    name = "encoder.layers.1.mlp.fc1.weight"
+    delta = lora.adapters[f"text_encoder.text_model.{name}"]
+    a, b = (factor.take().astype(np.float64) for factor in delta.factors)
+    wanted = before[name].double() + torch.from_numpy(delta.scaling * b @ a)
+    assert_same_numbers(found[0][front + name].double(), wanted, name)
