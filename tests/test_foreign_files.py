@@ -183,26 +183,14 @@ def test_of_what_torch_refuses_our_words_are_said(plain: Path, data: bytes, said
 # ---- adapters of other programs -------------------------------------------------------------------
 
 OTHERS = {
-    "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": "a diffusers adapter",
-    "transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight": "a diffusers adapter",
-    "transformer.blocks.3.attn1.to_q.lora_A.weight": "a diffusers adapter",
-    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": "a diffusers adapter",
-    "unet.up_blocks.0.resnets.0.conv1.lora.down.weight": "a diffusers adapter",
-    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": "a diffusers adapter",
-    "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.up.weight": "an old diffusers adapter",
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight": "an old diffusers adapter",
-    "diffusion_model.single_blocks.0.linear1.lora_A.weight": "a ComfyUI (diffusion_model.) adapter",
-    "diffusion_model.blocks.0.self_attn.q.lora_down.weight": "a kohya adapter",
-    "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": "a kohya adapter",
-    "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": "a kohya adapter",
-    "lycoris_blocks_0_attn.lokr_w1": "a LyCORIS (LoKr) adapter",
-    "lora_unet_down_blocks_0_proj_in.hada_w1_a": "a LyCORIS (LoHa) adapter",
+    "unet:0:up": "a cloneofsimo adapter",
+    "controlnet.down_blocks.0.attn1.to_q.lora_A.weight": "an adapter of a ControlNet or VAE",
     "double_blocks.0.processor.qkv_lora1.down.weight": "an XLabs (Flux) adapter",
     "transformer.h.0.attn.c_attn.lora_A.weight": f"PEFT weights without their {CONFIG}",
     "transformer.layer.0.attention.q_lin.lora_A.default.weight": f"PEFT weights without their {CONFIG}",
     "base_model.model.unet.mid_block.to_q.lora_A.weight": f"PEFT weights without their {CONFIG}",
     "_orig_mod.base_model.model.transformer.h.0.mlp.lora_A.weight": f"PEFT weights without their {CONFIG}",
-    "model.layers.0.q_proj.lora_a": "an MLX adapter",
+    "model.layers.0.q_proj.lora_a": f"an MLX adapter without its {CONFIG}",
     "transformer.h.0.mlp.c_fc.weight": "no LoRA adapter",
 }
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorastack.base import convert_names as convert_names
     from lorastack.base.blocks import block_weights as block_weights
+    from lorastack.converting import convert as convert
     from lorastack.core.adapter import LoadedLora as LoadedLora
     from lorastack.core.adapter import LoraAdapter as LoraAdapter
     from lorastack.core.delta import LoraDelta as LoraDelta
@@ -33,6 +34,7 @@ _HOMES = {
     "LoraStackWarning": "errors",
     "TargetModule": "core.target",
     "block_weights": "base.blocks",
+    "convert": "converting",
     "convert_names": "base",
     "extract": "extracting",
     "load": "recipe",
@@ -50,6 +52,7 @@ __all__ = [  # noqa: PLE0604, RUF100
     "LoraStackWarning",
     "TargetModule",
     "block_weights",
+    "convert",
     "convert_names",
     "load",
     "save",

@@ -19,7 +19,7 @@ _ADDRESS = re.compile(
 _FILES = (".gguf", ".safetensors", ".bin")
 _CONFIG = "adapter_config.json"
 #: With shards and their index.
-ADAPTER_FILES = (_CONFIG, "adapter_model*", "*.gguf", "config.json")
+ADAPTER_FILES = (_CONFIG, "adapter_model*", "adapters.safetensors", "pytorch_lora_weights*", "*.gguf", "config.json")
 
 
 def resolve(given: str, subfolder: str | None = None, patterns: tuple[str, ...] = ADAPTER_FILES) -> Path:

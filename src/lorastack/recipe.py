@@ -16,6 +16,7 @@ from lorastack.core.stack import LoraStack
 from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError, FormatError, LoraStackError, Problems, shown
 from lorastack.files import below, local, nearest, present
+from lorastack.formats.products import cut_products
 from lorastack.formats.provenance import Ingredient, Provenance, hashes
 from lorastack.mixture import parse_spec
 from lorastack.recipe_text import ingredient_of, located, read_text, values_of
@@ -122,21 +123,23 @@ class Recipe(Provenance):
         ignore: Collection[str] = (),
         drop_extras: bool = False,
         rename: Mapping[str, str] | None = None,
+        rank: int | None = None,
     ) -> LoraStack:
         """Load every ingredient and push it; one error lists all that fail.
 
         With a base, adapters of different naming are converted to ``naming`` (the first one's when not given).
         ``drop_extras`` leaves out what is not low-rank. ``rename`` replaces the front of weights' names, as
-        `LoadedLora.with_weights_renamed` does, in every adapter that has such weights.
+        `LoadedLora.with_weights_renamed` does, in every adapter that has such weights. ``rank`` is of `formats.load`.
         """
         base = base if isinstance(base, BaseModel) or base is None else open_base(base)
         stack = LoraStack()
         problems = Problems("cannot load the stack")
         for lora, scale in self.entries(
-            base=base, allow_nonfinite=allow_nonfinite, ignore=ignore, drop_extras=drop_extras, rename=rename
+            base=base, allow_nonfinite=allow_nonfinite, ignore=ignore, drop_extras=drop_extras, rename=rename, rank=rank
         ):
             try:
-                to = naming or stack.naming
+                of_kohya = base is not None and base.naming == "hf" and lora.naming == "kohya"
+                to = naming or stack.naming or ("hf" if of_kohya else None)
                 if base is not None and to and to != lora.naming and "own" not in (to, lora.naming):
                     lora = convert_names(lora, base, to)
                 stack.push(lora, scale)
@@ -153,6 +156,7 @@ class Recipe(Provenance):
         ignore: Collection[str] = (),
         drop_extras: bool = False,
         rename: Mapping[str, str] | None = None,
+        rank: int | None = None,
     ) -> list[tuple[LoadedLora, float]]:
         """Load every ingredient, whatever its names; one error lists all that fail."""
         problems = Problems("cannot load the stack")
@@ -160,6 +164,7 @@ class Recipe(Provenance):
         for one in self.ingredients:
             try:
                 lora = _load(one, allow_nonfinite, ignore, base)
+                lora = lora if rank is None else cut_products(lora, rank)
                 loaded.append((lora.without_extras() if drop_extras and lora.extras else lora, one.scale))
             except LoraStackError as error:
                 problems.add(error)
@@ -282,6 +287,8 @@ def _load(one: Ingredient, allow_nonfinite: bool, ignore: Collection[str], base:
             lora = lora.with_weights_renamed(value)
         elif step == "without_extras":
             lora = lora.without_extras(*value)
+        elif step == "lokr_rank":
+            lora = cut_products(lora, value)
         elif base is None:
             raise ArgumentError(
                 f"{one.source}: names are converted to {shown(value)}, which needs the base{ways(BASE)}"
@@ -309,6 +316,7 @@ def load(
     subfolder: str | None = None,
     rename: Mapping[str, str] | None = None,
     base: BaseModel | str | None = None,
+    rank: int | None = None,
 ) -> LoadedLora:
     """Load an adapter file, as `lorastack.formats.load` does, or a recipe (``NAME.toml``) as the one adapter it makes.
 
@@ -316,7 +324,7 @@ def load(
     ----------
     base
         For a recipe: the base that its adapters' names are converted with, where it needs one and names none.
-    name, allow_nonfinite, ignore, subfolder, rename
+    name, allow_nonfinite, ignore, subfolder, rename, rank
         As of `lorastack.formats.load`.
 
     Raises
@@ -331,10 +339,10 @@ def load(
         if base is not None:
             raise ArgumentError(f"{given}: base is for recipes; to convert names, use convert_names(lora, base)")
         options: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "ignore": ignore, "subfolder": subfolder}
-        return formats.load(path, name=name, rename=rename, **options)
+        return formats.load(path, name=name, rename=rename, rank=rank, **options)
     recipe = Recipe.read(Path(given))
     model = recipe.open_base() if base is None else open_base(base) if isinstance(base, str) else base
-    stack = recipe.stack(base=model, allow_nonfinite=allow_nonfinite, ignore=ignore, rename=rename)
+    stack = recipe.stack(base=model, allow_nonfinite=allow_nonfinite, ignore=ignore, rename=rename, rank=rank)
     return stack.bake(model, name or Path(given).stem)
 
 

@@ -19,7 +19,7 @@ MAX_BYTES = 1 << 20
 #: Parts of one dotted key; what tomllib keeps of them grows by the square.
 MAX_PARTS = 32
 _ADAPTER_KEYS = {"source", "scale", "name", "select", "scales", "steps", "sha256"}
-_STEPS = {"select", "scales", "names", "rename", "without_extras"}
+_STEPS = {"select", "scales", "names", "rename", "without_extras", "lokr_rank"}
 
 #: Comments and strings, closed or not; the dots in them are no keys'.
 _QUOTED = re.compile(
@@ -109,6 +109,8 @@ def _good_step(step: str, value: Any) -> bool:
         return isinstance(value, dict) and all(isinstance(new, str) for new in value.values())
     if step == "names":
         return value in ("gguf", "hf")
+    if step == "lokr_rank":
+        return type(value) is int and value > 0
     return step == "without_extras" and isinstance(value, list) and all(isinstance(kind, str) for kind in value)
 
 

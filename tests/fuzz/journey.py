@@ -20,6 +20,7 @@ from gguf.constants import GGMLQuantizationType as Q
 from safetensors.numpy import save_file
 
 from lorastack import LoadedLora, LoraStack, load, save
+from lorastack.formats.kohya import FORMAT_KEY
 from tests.fuzz.peers import PREFIX
 
 #: Numbers at the edges of types, by a byte.
@@ -146,10 +147,10 @@ def follow(
     method: str,
 ) -> None:
     """Bake, save and load, and hold the result against ``truth``: for each weight (multiplier, A, B) in float64."""
-    as_gguf = entries[0][0].naming == "gguf"
+    format, place = _written_as(entries[0][0])
     more: dict[str, Any] = {"rank": 2} if method == "svd" else {"density": 0.5} if "@" in method else {}
     baked = LoraStack(entries).bake(method=method, **more)
-    again = load(save(baked, folder / ("out.gguf" if as_gguf else "out"), dtype=dtype, force=True))
+    again = load(save(baked, folder / place, format=format, dtype=dtype, force=True))
     again.check()
     assert set(again.adapters) == set(truth)
     for name, terms in truth.items():
@@ -170,6 +171,12 @@ def follow(
         if np.isfinite(expected).all() and np.isfinite(allowed).all():
             assert np.isfinite(found).all(), f"{name}: not finite"
             assert (off <= 1e-300).all(), f"{name}: {off.max():g} further from the sum than its type, {dtype}, explains"
+
+
+def _written_as(lora: LoadedLora) -> tuple[Any, str]:
+    """(format, name): that which the adapter came from."""
+    said = str(lora.metadata.get(FORMAT_KEY, "gguf" if lora.naming == "gguf" else "peft")).lower()
+    return said, {"gguf": "out.gguf", "peft": "out", "mlx": "out"}.get(said, "out.safetensors")
 
 
 def _allowed(a: np.ndarray, b: np.ndarray, scaling: float, stored: list[str]) -> np.ndarray:

@@ -84,6 +84,24 @@ def check_against_peft(folder: Path, lora: LoadedLora) -> None:
     assert repr(said) == repr(config), f"{said} and {config}"
 
 
+def check_against_pairs(path: Path, lora: LoadedLora) -> None:
+    """Plain pairs are what the safetensors package finds, with kohya's scaling: ``alpha / dim``, 0 and none are 1."""
+    try:
+        tensors = load_safetensors(path.read_bytes())
+    except KeyError:  # a type that the package gives to torch only
+        return
+    for delta in lora.adapters.values():
+        key_a, key_b = (factor.label.partition(": tensor ")[2] for factor in delta.factors)
+        if not key_a.endswith((".lora_down.weight", ".lora_A.weight")) or key_b not in tensors or key_a not in tensors:
+            continue  # made of other factors
+        same(delta.a, tensors[key_a], key_a)
+        same(delta.b, tensors[key_b], key_b)
+        alpha = tensors.get(f"{key_a.rpartition('.lora_')[0]}.alpha")
+        if "lora_adapter_metadata" not in lora.metadata:
+            said = 0.0 if alpha is None else float(alpha.reshape(-1)[0])
+            assert delta.scaling == (said / delta.rank if said else 1.0), key_a
+
+
 def _whole(digits: str) -> float:
     """JSON has no end of whole numbers; beyond 64 bits they are read as floats, as JavaScript does."""
     return int(digits) if len(digits) < 21 and -(1 << 63) <= int(digits) < 1 << 64 else float(digits)

@@ -94,6 +94,72 @@ def pickled() -> tuple[bytes, ...]:
     return tuple(saved)
 
 
+#: The weights of a small image model that `images` are for.
+IMAGE_BASE = {
+    "unet.down_blocks.0.resnets.0.conv1.weight": (6, 4, 3, 3),
+    "unet.mid_block.attentions.0.proj_in.weight": (6, 4),
+    "transformer.transformer_blocks.0.attn.to_q.weight": (2, 4),
+    "transformer.transformer_blocks.0.attn.to_k.weight": (2, 4),
+    "transformer.transformer_blocks.0.attn.to_v.weight": (2, 4),
+    "text_encoder.encoder.layers.0.mlp.fc1.weight": (6, 4),
+}
+
+
+@functools.cache
+def images() -> tuple[bytes, ...]:
+    """Files as kohya, LyCORIS, ComfyUI and diffusers write them, of many parts each."""
+    rng = np.random.default_rng(2)
+
+    def file(metadata: dict[str, str] | None = None, **shapes: tuple[int, ...]) -> bytes:
+        made = {key.replace("__", "."): rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+        return save_safetensors(made, metadata)
+
+    def halves(module: str, out: int = 6, wide: int = 4, kernel: tuple[int, ...] = ()) -> dict[str, tuple[int, ...]]:
+        ones = (1,) * len(kernel)
+        return {f"{module}__lora_down__weight": (2, wide, *kernel), f"{module}__lora_up__weight": (out, 2, *ones),
+                f"{module}__alpha": ()}  # fmt: skip
+
+    tags = {"ss_network_dim": "2", "ss_tag_frequency": '{"1_a": {"a": 3, "b": 1}}'}
+    kohya = halves("lora_unet_mid_block_attentions_0_proj_in") | halves("lora_te_text_model_encoder_layers_0_mlp_fc1")
+    conv, fused = "lora_unet_down_blocks_0_resnets_0_conv1", "diffusion_model__double_blocks__0__img_attn__qkv"
+    loha = {f"x_a__hada_w{n}_{h}": shape for n in "12" for h, shape in (("a", (6, 2)), ("b", (2, 4)))}
+    lokr = {"x_b__lokr_w1": (2, 2), "x_b__lokr_w2_a": (3, 1), "x_b__lokr_w2_b": (1, 2),
+            "x_c__lokr_w1": (2, 2), "x_c__lokr_w2": (3, 2), "x_d__diff": (6, 4), "x_d__diff_b": (6,)}  # fmt: skip
+    lycoris = {f"lora_unet_{key}": shape for key, shape in (loha | lokr).items()}
+    configs = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 4, "unet.rank_pattern": {"x": 3},
+                                                    "unet.use_dora": True})}  # fmt: skip
+    attn = "unet__mid_block__attentions__0__proj_in"
+    parts = {
+        f"{attn}__lora_A__weight": (2, 4),
+        f"{attn}__lora_B__weight": (6, 2),
+        f"{attn}__lora_magnitude_vector": (6,),
+    }
+    return (
+        file(tags, **kohya, **halves(conv, kernel=(3, 3)), **{f"{conv}__dora_scale": (6, 1, 1, 1)}),
+        file(**lycoris, lora_unet_x_a__alpha=()),
+        file(**halves(fused)),
+        file(configs, **parts),
+        file(**{f"{attn.replace('__', '.')}.processor.to_{n}_lora.{p}.weight": s for n in ("q", "out")
+                for p, s in (("down", (2, 4)), ("up", (6, 2)))}),
+    )  # fmt: skip
+
+
+def mlx_config() -> bytes:
+    """The adapter_config.json of an MLX adapter."""
+    said = {"fine_tune_type": "dora", "num_layers": 2, "lora_parameters": {"rank": 2, "scale": 3.5, "keys": ["q"]}}
+    return json.dumps({**said, "model": "m", "use_dora": True}).encode()
+
+
+@functools.cache
+def mlx() -> bytes:
+    """Its adapters.safetensors."""
+    rng = np.random.default_rng(3)
+    shapes = {f"{LAYER}.q_proj.lora_a": (8, 2), f"{LAYER}.q_proj.lora_b": (2, 8), f"{LAYER}.q_proj.m": (8,),
+              "model.layers.0.mlp.switch_mlp.up_proj.lora_a": (3, 2, 4),
+              "model.layers.0.mlp.switch_mlp.up_proj.lora_b": (3, 5, 2)}  # fmt: skip
+    return save_safetensors({key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()})
+
+
 def index() -> bytes:
     """The index of its two shards, `shards`."""
     where = {key: name for name, raw in shards().items() for key in json.loads(raw[8 : 8 + raw[0] + 256 * raw[1]])}

@@ -19,9 +19,12 @@ from safetensors.numpy import save as save_safetensors
 
 from lorastack import LoadedLora, load
 from lorastack.base import convert_names, open_base
+from lorastack.base.fit import misfits
+from lorastack.base.model import BaseModel
 from lorastack.core.patterns import Matcher, PatternTable
 from lorastack.core.target import place_of
 from lorastack.errors import LoraStackError, NonFiniteError
+from lorastack.formats.training import training_of
 from lorastack.hub import resolve
 from lorastack.inspect import inspect
 from lorastack.mixture import parse_mixture, parse_spec
@@ -29,7 +32,7 @@ from lorastack.recipe import Recipe
 from tests.fuzz import seeds
 from tests.fuzz.guard import Work
 from tests.fuzz.journey import journey, on
-from tests.fuzz.peers import check_against_gguf, check_against_peft
+from tests.fuzz.peers import check_against_gguf, check_against_pairs, check_against_peft
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -112,6 +115,32 @@ def _shape_of(key: str) -> tuple[int, ...]:
     if "lora_A" in key:
         return (2, 8)
     return (8, 2) if "lora_B" in key or "embedding_B" in key else (8,)
+
+
+def _image(data: bytes, folder: Path) -> None:
+    """kohya, ComfyUI, diffusers and LyCORIS, told apart by their keys; with a base their names are resolved."""
+    path = folder / "x.safetensors"
+    path.write_bytes(data)
+    lora = read(path)
+    check_against_pairs(path, lora)
+    training_of(lora.metadata)
+    base = BaseModel("b", "hf", None, {}, seeds.IMAGE_BASE)
+    _answer(lambda: convert_names(lora, base, "hf").check())
+    _answer(lambda: misfits(lora, base))
+    _answer(lambda: load(path, rank=2).check())
+    _onwards(path, folder)
+
+
+def _mlx(data: bytes, folder: Path) -> None:
+    there = put(folder / "x", {CONFIG: seeds.mlx_config(), "adapters.safetensors": data})
+    read(there)
+    _onwards(there, folder)
+
+
+def _mlx_config(data: bytes, folder: Path) -> None:
+    there = put(folder / "x", {CONFIG: data, "adapters.safetensors": seeds.mlx()})
+    read(there)
+    _onwards(there, folder)
 
 
 def _recipe(data: bytes, folder: Path) -> None:
@@ -262,6 +291,9 @@ TARGETS: dict[str, Target] = {
     "pickled": Target(_pickled, seeds.pickled, "archive"),
     "index": Target(_index, lambda: (seeds.index(),), "json"),
     "keys": Target(_keys, lambda: seeds.KEYS, "text"),
+    "image": Target(_image, seeds.images, "safetensors"),
+    "mlx": Target(_mlx, lambda: (seeds.mlx(),), "safetensors"),
+    "mlx_config": Target(_mlx_config, lambda: (seeds.mlx_config(),), "json"),
     "recipe": Target(_recipe, lambda: seeds.RECIPES, "text"),
     "mixture": Target(_mixture, lambda: seeds.MIXTURES, "text"),
     "patterns": Target(_patterns, lambda: seeds.PATTERNS, "text"),

@@ -23,6 +23,7 @@ from lorastack.core.lazy import LazyDeltas
 from lorastack.core.packed import Term
 from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError, Failures, NonFiniteError, Problems, UnsupportedError
+from lorastack.formats.kohya import FORMAT_KEY
 from lorastack.ways import argument, drop_extras, ways
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _refuse_extras(entries: list[Entry]) -> None:
 
 def _metadata(loras: list[LoadedLora], base: BaseModel | None, naming: Naming) -> Mapping[str, Any]:
     """What every adapter of the stack agrees on, and what the base says."""
-    keys = ("general.architecture", "base_model_name_or_path", "task_type", "fan_in_fan_out")
+    keys = ("general.architecture", "base_model_name_or_path", "task_type", "fan_in_fan_out", FORMAT_KEY)
     agreed = {}
     for key in keys:
         values = [lora.metadata[key] for lora in loras if lora.metadata.get(key) is not None]

@@ -15,7 +15,7 @@ from lorastack.base.parts import part_of
 from lorastack.base.rows import Rows
 from lorastack.base.settle import settle
 from lorastack.core.adapter import LoadedLora
-from lorastack.core.extras import KINDS, NEVER_LIVE
+from lorastack.core.extras import KINDS, NEVER
 from lorastack.core.factor import Factor
 from lorastack.errors import LoraStackError
 from lorastack.ways import drop_extras, ways
@@ -67,6 +67,19 @@ def same_numbers(saved: np.ndarray, own: np.ndarray) -> bool:
     )
 
 
+def is_resized(saved: np.ndarray, own: np.ndarray) -> bool:
+    """Whether an embedding that an adapter saved along is the base's own but for the last rows, those of new tokens.
+
+    Who resizes a vocabulary fills the new rows at random; what an adapter was trained with are its own.
+    """
+    if saved.shape != own.shape or saved.ndim != 2:
+        return False
+    near = np.isclose(own.astype(np.float32), saved.astype(np.float32), rtol=SAME_RTOL, atol=SAME_ATOL)
+    same = np.asarray(near.all(axis=1))
+    first = int(np.argmin(same))
+    return first > 0 and not same[first:].any()
+
+
 def _same_as_stored(saved: Factor, base: BaseModel, name: str) -> bool:
     """The same of a base in files, a block of rows at a time: an embedding may have gigabytes."""
     place = base.place_of(name)
@@ -85,8 +98,10 @@ def _same_as_stored(saved: Factor, base: BaseModel, name: str) -> bool:
 
 def _extra(kind: str, values: Mapping[str, Any], lora: LoadedLora, base: BaseModel) -> Iterator[str]:
     """What of one kind of extras does not fit."""
-    if kind in NEVER_LIVE:
+    if kind in NEVER:
         yield f"{kind}: {KINDS[kind]}, which cannot be honoured"
+        return
+    if kind == "alora":
         return
     for name, value in values.items():
         if kind in ("dora", "lora_bias"):
@@ -96,7 +111,7 @@ def _extra(kind: str, values: Mapping[str, Any], lora: LoadedLora, base: BaseMod
             yield from _tokens(name, ids, rows, base)
         elif (shape := base.shape_of(name)) is None:
             yield f"{kind} {name} is none of the base's {base.count} weights"
-        elif shape and value.shape != shape:
+        elif shape and value.shape != shape and not (kind in ("lokr", "diff") and _same_rows(value.shape, shape)):
             yield f"{kind} {name} is {list(value.shape)}, the base's {list(shape)}"
         elif (
             kind == "base_weight"
@@ -105,6 +120,11 @@ def _extra(kind: str, values: Mapping[str, Any], lora: LoadedLora, base: BaseMod
             and not _same_as_stored(value, base, name)
         ):
             yield changed_base(name, value.shape, shape)
+
+
+def _same_rows(shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
+    """Whether a file keeps a convolution's kernel flat."""
+    return shape[:1] == own[:1] and math.prod(shape) == math.prod(own)
 
 
 def changed_base(name: str, saved: tuple[int, ...], own: tuple[int, ...]) -> str:
@@ -119,7 +139,7 @@ def _beside(kind: str, name: str, value: Factor, lora: LoadedLora, base: BaseMod
     delta = lora.get(name)
     if delta is None:
         yield f"{kind} {name} goes with no update"
-    elif delta.kind not in ("linear", "conv"):
+    elif delta.kind not in ("linear", "conv", *(["embedding"] if kind == "dora" else [])):
         yield f"{kind} {name}: it needs a linear layer or a convolution, this update is of {delta.kind}"
     elif math.prod(value.shape) != delta.out_features:
         yield f"{kind} {name} is {list(value.shape)}, the weight has {delta.out_features} rows"

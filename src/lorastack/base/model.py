@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorastack.base.architectures import Architecture, architecture_of
+from lorastack.base.foreign import ForeignNames
 from lorastack.base.parts import in_pipeline, in_text_encoder
 from lorastack.base.spelling import TEXT_PARTS, other_spellings
 from lorastack.base.tables import Rename, live_names
@@ -26,8 +27,9 @@ MAX_LAYERS, MAX_HEADS = 1_000, 65_536
 #: Classes with transformers' Conv1D, and the layers that are.
 _WITH_CONV1D = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer")
 _CONV1D = tuple(f".{layer}.weight" for layer in ("c_attn", "q_attn", "c_proj", "c_fc"))
-#: Classes whose experts are kept ``[E, in, out]``, used through ``bmm``: a square one does not say so.
-_TURNED_EXPERTS = ("GptOssForCausalLM", "GptOssModel", "Llama4ForCausalLM", "Llama4ForConditionalGeneration")
+#: Classes whose experts say of themselves that they are ``[E, in, out]`` (``is_transposed``): a square one does not
+#: show it. Llama 4 keeps them so too and does not say it: to PEFT its factors are those of ``[E, out, in]``.
+_TURNED_EXPERTS = ("GptOss", "OpenAIPrivacyFilter", "Aria")
 
 
 class Part(NamedTuple):
@@ -51,6 +53,13 @@ class Stored:
     parts: tuple[Part, ...] = ()
 
 
+class Use(NamedTuple):
+    """The kind of update that a weight takes, and whether it is kept ``[in, out]``."""
+
+    kind: Kind
+    turned: bool
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """A base model's weight names, shapes and configuration; no weight is read before `weight` asks for it.
@@ -72,6 +81,8 @@ class BaseModel:
         The models of an image pipeline, whose names are the fronts of its weights'; empty for a single model.
     single_file
         Whether it is one .safetensors file, and no folder.
+    use
+        How a live model computes with a weight; of a base from files `roles.use_of` tells.
     """
 
     name: str
@@ -85,6 +96,7 @@ class BaseModel:
     renaming: Callable[[], Rename | None] | None = field(default=None, repr=False, compare=False)
     parts: tuple[str, ...] = field(default=(), repr=False)
     single_file: bool = field(default=False, repr=False)
+    use: Callable[[str], Use | None] | None = field(default=None, repr=False, compare=False)
 
     def own_name(self, name: str) -> str | None:
         """The base's own name of the weight that an adapter calls ``name``; None when it has none.
@@ -93,13 +105,22 @@ class BaseModel:
         """
         if name in self.shapes or self.naming != "hf":
             return name if name in self.shapes else None
+        if (packed := f"{name.removesuffix('weight')}in_proj_weight") in self.shapes:
+            return packed  # to PEFT the projections of nn.MultiheadAttention are its weight
         model_type = self.config.get("model_type")
-        of_one = chain(
-            in_text_encoder(name, self.shapes), other_spellings(name, model_type, self.prefix, self._first_parts)
-        )
-        for other in in_pipeline(name, self.parts) if self.parts else of_one:
+        if self.parts:
+            others = in_pipeline(name, self.parts)
+        else:
+            spelt = other_spellings(name, model_type, self.prefix, self._first_parts)
+            others = chain(in_text_encoder(name, self.shapes), spelt)
+        for other in others:
             if other in self.shapes:
                 return other
+        places = self.foreign.find(name)
+        if places:
+            return places[0].weight if len(places) == 1 and places[0].whole else None
+        if "." not in name or self.parts:
+            return None
         rename = self._rename
         if rename is None:
             return self.live.own_name(name) if self.live else None
@@ -110,6 +131,11 @@ class BaseModel:
         """The shape of the weight ``name``, ``()`` where it cannot be told; None when the base has no such weight."""
         shape = self.shapes.get(name)
         return shape if shape is not None or name not in self._asked else self._asked[name]
+
+    @cached_property
+    def foreign(self) -> ForeignNames:
+        """What kohya, ComfyUI and the model's own code call its weights."""
+        return ForeignNames(self.shapes)
 
     @cached_property
     def live(self) -> BaseModel | None:
@@ -173,17 +199,30 @@ class BaseModel:
     @property
     def layers(self) -> int:
         """How many blocks the model has."""
-        return self._number("block_count", "num_hidden_layers", "n_layer", "num_layers", most=MAX_LAYERS)
+        return self._number("block_count", "num_hidden_layers", "n_layer", "num_layers", "n_layers", most=MAX_LAYERS)
 
     @property
     def heads(self) -> int:
         """Attention heads."""
-        return self._number("attention.head_count", "num_attention_heads", "n_head", most=MAX_HEADS)
+        return self._number("attention.head_count", "num_attention_heads", "n_head", "n_heads", most=MAX_HEADS)
 
     @property
     def kv_heads(self) -> int:
         """Key/value heads; as many as heads when the configuration names none."""
+        if self.naming == "hf" and self.config.get("model_type") == "falcon":
+            return self._falcon_groups
         return self._number("attention.head_count_kv", "num_key_value_heads", most=MAX_HEADS, default=self.heads)
+
+    @property
+    def _falcon_groups(self) -> int:
+        """How many keys Falcon has: transformers reads the number of the new decoder only, and one where not told."""
+        if self.config.get("new_decoder_architecture"):
+            return self._number("", "num_kv_heads", "n_head_kv", most=MAX_HEADS, default=self.heads)
+        return 1 if self.config.get("multi_query", True) else self.heads
+
+    def number(self, key: str) -> int:
+        """A whole number of the configuration, at most that of the heads there can be."""
+        return self._number(key, key, most=MAX_HEADS)
 
     @property
     def quantised(self) -> bool:
@@ -235,11 +274,13 @@ class BaseModel:
         array = self.weight(name)
         if delta.kind == "conv":
             return array.reshape(1, array.shape[0], -1)
-        wide = array if delta.kind == "experts" else array[None]
+        wide = array if array.ndim == 3 else array[None]
         return wide.swapaxes(1, 2) if self.turned(name, delta) else wide
 
     def turned(self, name: str, delta: LoraDelta) -> bool:
         """Whether the weight is kept ``[in, out]``: an embedding, GPT-2's ``Conv1D``, the experts of some models."""
+        if delta.kind == "stored":
+            return False
         if delta.kind == "experts":
             shape = (self.shape_of(name) or ())[-2:]
             if delta.in_features != delta.out_features:
@@ -249,7 +290,7 @@ class BaseModel:
     def kept_turned(self, name: str, kind: Kind) -> bool:
         """The same where there is no update yet whose shape would say it: a model keeps its experts one way."""
         if kind == "experts":
-            return self.architecture_name in _TURNED_EXPERTS
+            return (self.architecture_name or "").startswith(_TURNED_EXPERTS)
         return kind == "embedding" or (kind == "linear" and self._is_conv1d(name))
 
     def misfit(self, name: str, delta: LoraDelta) -> str | None:
@@ -268,6 +309,8 @@ class BaseModel:
             return [(n_in, n_out)]
         if delta.kind == "conv":
             return [(n_out, *delta.factors[0].shape[1:])]
+        if delta.kind == "stored":
+            return [(delta.num_experts, n_out, n_in)] if delta.num_experts else [(n_out, n_in), (1, n_out, n_in)]
         if delta.kind == "experts":
             experts = delta.num_experts or 0
             return list(dict.fromkeys([(experts, n_out, n_in), (experts, n_in, n_out)]))
@@ -286,6 +329,8 @@ class BaseModel:
                 value = said.get(key)
                 if value is None:
                     continue
+                if isinstance(value, list):  # layer by layer, 0 for those without attention
+                    value = _the_one(value)
                 if type(value) is int and 0 < value <= most:
                     return value
                 raise FormatError(
@@ -294,3 +339,9 @@ class BaseModel:
         if default is not None:
             return default
         raise FormatError(f"base {self.name}: its configuration names no {' or '.join(keys)}")
+
+
+def _the_one(values: list[Any]) -> Any:
+    """The number that a list of each layer's has, zeros left out; the list itself where it has several."""
+    others = [value for value in values if value != 0]
+    return others[0] if others and all(value == others[0] for value in others) else values

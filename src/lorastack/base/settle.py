@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
-from typing import Any
 
 from lorastack.base.experts import LAYERS, beside, fused, halves, one_of, single, together
-from lorastack.base.model import BaseModel
+from lorastack.base.extras import extras_at_places
+from lorastack.base.foreign import Place, delta_at
+from lorastack.base.model import BaseModel, Use
+from lorastack.base.roles import use_of
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
 from lorastack.core.lazy import LazyDeltas
@@ -21,16 +22,18 @@ _Build = Callable[[], LoraDelta]
 def settle(lora: LoadedLora, base: BaseModel) -> LoadedLora:
     """The same adapter, each weight under the base's own name; what has none there keeps its name.
 
-    Knows transformers' renamings, the prefix of a backbone saved by itself, and experts one by one or in one
-    parameter. Nothing is read.
+    Knows transformers' renamings, the prefix of a backbone saved by itself, experts one by one or in one parameter,
+    the names of `foreign`, and which way round the base keeps what an adapter has as it is stored. Nothing is read.
 
     Raises
     ------
     NamingError
-        Listing every weight that two of the adapter's are.
+        Listing every weight that two of the adapter's are, and those of which nothing tells how they lie.
     """
-    if lora.naming != base.naming or (all(name in base.shapes for name in lora.adapters) and _extras_fit(lora, base)):
+    if lora.naming != base.naming and not (lora.naming == "kohya" and base.naming == "hf"):
         return lora
+    if all(name in base.shapes for name in lora.adapters) and _extras_fit(lora, base):
+        return used(lora, base)
     found = _Found()
     groups: dict[str, dict[tuple[str, int], str]] = {}
     for name in lora.adapters:
@@ -38,7 +41,10 @@ def settle(lora: LoadedLora, base: BaseModel) -> LoadedLora:
         if one and (holder := own if own and fused(own) else None if own else _holder(base, one[0], one[2])):
             groups.setdefault(holder, {})[one[2], one[1]] = name
         elif own is not None:
-            found.add(own, name, partial(lora.adapters.__getitem__, name))
+            found.add(own, name, partial(_at, lora, name, Place(own), base))
+        elif places := base.foreign.find(name):
+            for place in places:
+                found.add(place.weight, name, partial(_at, lora, name, place, base))
         elif (whole := fused(name)) and (singles := _singles(base, *whole)):
             for part, number, own in singles:
                 found.add(own, name, partial(_taken, lora, name, part, number))
@@ -48,12 +54,49 @@ def settle(lora: LoadedLora, base: BaseModel) -> LoadedLora:
         first = next(iter(members.values()))
         found.add(holder, first, partial(_held, lora, base, holder, members))
     found.problems.raise_any(NamingError)
-    return replace(
+    settled = replace(
         lora,
         adapters=LazyDeltas(found.builds, lambda _, build: build()),
-        extras=MappingProxyType({kind: _settled(values, base) for kind, values in lora.extras.items()}),
-        history=(*lora.history, ("names", lora.naming)),
+        extras=extras_at_places(lora, base),
+        naming=base.naming,
+        history=(*lora.history, ("names", base.naming)),
+        as_loaded=lora.as_loaded or ((lora.naming, dict(lora.metadata)) if lora.naming == "kohya" else None),
     )
+    return used(settled, base)
+
+
+def used(lora: LoadedLora, base: BaseModel) -> LoadedLora:
+    """The adapter with each update of a weight as it is stored made one of how the base computes with it.
+
+    Raises
+    ------
+    NamingError
+        Listing the square experts of which no version of PEFT, and nothing in the base, tells which way round they are.
+    """
+    stored = {name: delta for name, delta in lora.adapters.items() if delta.kind == "stored"}
+    uses = {name: use for name in stored if (use := use_of(base, name))}
+    problems = Problems("an adapter's experts cannot be told from their transposes")
+    for name, delta in stored.items():
+        turned = name in uses and uses[name].turned
+        if delta.num_experts and not turned and not lora.metadata.get("peft_version"):
+            problems.add(
+                f"weight {name} is square, and adapter_config.json has no peft_version: PEFT before 0.19 kept factors "
+                "of experts the other way round; write the version it was saved by into the config"
+            )
+    problems.raise_any(NamingError)
+    if not uses:
+        return lora
+    how = {name: (lambda n=name: lora.adapters[n]) if name not in uses else partial(_as_used, stored[name], uses[name])
+           for name in lora.adapters}  # fmt: skip
+    return replace(lora, adapters=LazyDeltas(how, lambda _, build: build()))
+
+
+def _as_used(delta: LoraDelta, use: Use) -> LoraDelta:
+    a, b = delta.factors
+    if use.kind == "experts" and not delta.num_experts:  # PEFT takes one expert for a matrix
+        a, b = (factor.mapped(lambda x: x[None], (1, *factor.shape)) for factor in (a, b))
+        delta = LoraDelta(a, b, delta.scaling, "stored")
+    return delta.over(use.kind) if use.turned else LoraDelta(a, b, delta.scaling, use.kind)
 
 
 class _Found:
@@ -74,8 +117,9 @@ def _extras_fit(lora: LoadedLora, base: BaseModel) -> bool:
     return all(name in base.shapes for kind, values in lora.extras.items() if kind != "alora" for name in values)
 
 
-def _settled(values: Mapping[str, Any], base: BaseModel) -> Mapping[str, Any]:
-    return MappingProxyType({base.own_name(name) or name: value for name, value in values.items()})
+def _at(lora: LoadedLora, name: str, place: Place, base: BaseModel) -> LoraDelta:
+    """The update of one of the base's weights out of that of the adapter's weight ``name``."""
+    return delta_at(lora.adapters[name], place, base.shape_of(place.weight))
 
 
 def _holder(base: BaseModel, block: str, part: str) -> str | None:

@@ -19,10 +19,13 @@ from lorastack.cli.options import (
     Base,
     Density,
     DropExtras,
+    FileFormat,
     Force,
     Ignore,
     Json,
+    LokrRank,
     Method,
+    Program,
     Quiet,
     Rename,
     StoredType,
@@ -33,6 +36,7 @@ from lorastack.errors import ArgumentError
 if TYPE_CHECKING:
     from lorastack.core.adapter import LoadedLora
     from lorastack.core.target import Naming
+    from lorastack.formats.writers import Format
 
 
 def bake(
@@ -47,6 +51,7 @@ def bake(
     tolerance: Tolerance = None,
     density: Density = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of dare's random masks.")] = 0,
+    program: Program = None,
     scales: Annotated[
         str | None,
         typer.Option(
@@ -60,6 +65,8 @@ def bake(
     ignore: Ignore = None,
     rename: Rename = None,
     lbw: BlockWeights = None,
+    lokr_rank: LokrRank = None,
+    format: FileFormat = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -86,13 +93,17 @@ def bake(
     """
     from lorastack.algebra.bake import with_coefficient
     from lorastack.cli.progress import step_bar
+    from lorastack.converting.new_file import fitting, row_of
     from lorastack.files import check_output
     from lorastack.recipe import Recipe, recipe_files
+    from lorastack.targets import target_of
 
     outputs = _outputs(output, parse_sweep(scales))
     for path, _ in outputs:
         check_output(path, force)
-    as_gguf = output.suffix == ".gguf"
+    row = row_of(output, format, program) if program else None
+    written_as = row.format if row else target_of(format).format if format else None
+    as_gguf = written_as == "gguf" if written_as else output.suffix == ".gguf"
     recipe = Recipe.of_words(adapters, base)
     for path, _ in outputs:
         check_output(path, force, recipe.sources + recipe_files(adapters))
@@ -104,6 +115,7 @@ def bake(
         allow_nonfinite=allow_nonfinite,
         ignore=ignore or (),
         rename=parse_renames(rename),
+        rank=lokr_rank,
         drop_extras=drop_extras,
     )
     stack = with_block_weights(stack, lbw)
@@ -129,7 +141,9 @@ def bake(
     written: list[dict[str, Any]] = []
     for path, coefficient in outputs:
         lora = baked if coefficient is None else with_coefficient(baked, coefficient)
-        write_adapter(lora, path, dtype, force)
+        if row:
+            lora = fitting(lora, row, model)
+        write_adapter(lora, path, dtype, force, written_as)
         written.append(_numbers(lora, path, coefficient, len(stack)))
         if not as_json:
             remark(f"{path}: {_words(lora, len(stack))}")
@@ -141,7 +155,7 @@ def bake(
 
 def _outputs(output: Path, coefficients: list[float]) -> list[tuple[Path, float | None]]:
     """The output of every merge coefficient, named after it."""
-    suffix = output.suffix if output.suffix == ".gguf" else ""
+    suffix = output.suffix if output.suffix in (".gguf", ".safetensors") else ""
     stem = output.name.removesuffix(suffix)
     return [(output.with_name(f"{stem}-{c:g}{suffix}"), c) for c in coefficients] or [(output, None)]
 
@@ -160,7 +174,7 @@ def _numbers(lora: LoadedLora, path: Path, coefficient: float | None, adapters: 
     }
 
 
-def write_adapter(lora: LoadedLora, output: Path, dtype: str | None, force: bool) -> None:
+def write_adapter(lora: LoadedLora, output: Path, dtype: str | None, force: bool, format: Format | None = None) -> None:
     """Save an adapter, with a bar."""
     from lorastack.cli.progress import byte_bar
     from lorastack.formats import save
@@ -171,7 +185,7 @@ def write_adapter(lora: LoadedLora, output: Path, dtype: str | None, force: bool
         for f in delta.factors
     )
     with byte_bar(f"writing {output.name}", total) as advance:
-        save(lora, output, dtype=dtype, force=force, progress=advance)
+        save(lora, output, format=format, dtype=dtype, force=force, progress=advance)
 
 
 def _words(lora: LoadedLora, adapters: int) -> str:

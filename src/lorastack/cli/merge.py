@@ -20,6 +20,7 @@ from lorastack.cli.options import (
     Force,
     Ignore,
     Json,
+    LokrRank,
     Method,
     Quiet,
     Rename,
@@ -99,6 +100,7 @@ def merge_command(
     ignore: Ignore = None,
     rename: Rename = None,
     lbw: BlockWeights = None,
+    lokr_rank: LokrRank = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -132,6 +134,7 @@ def merge_command(
         allow_nonfinite=allow_nonfinite,
         ignore=ignore or (),
         rename=parse_renames(rename),
+        rank=lokr_rank,
         drop_extras=drop_extras,
     )
     stack = with_block_weights(stack, lbw)

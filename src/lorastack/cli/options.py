@@ -17,17 +17,31 @@ def _types() -> list[str]:
     return list(NAMES)
 
 
+def _formats() -> list[str]:
+    from typing import get_args
+
+    from lorastack.formats.writers import Format
+
+    return list(get_args(Format))
+
+
 def _methods() -> list[str]:
     from lorastack.algebra.method import METHODS
 
     return list(METHODS)
 
 
+def _programs() -> list[str]:
+    from lorastack.targets import TARGETS
+
+    return [row.name for row in TARGETS.values() if row.is_program]
+
+
 Adapters = Annotated[
     list[str],
     typer.Argument(
         metavar="ADAPTER[:SCALE]...",
-        help="GGUF files, PEFT folders, hub ids (owner/name), recipes (.toml), or folders that hold several adapters; "
+        help="Files or folders of any format, hub ids (owner/name), recipes (.toml), or folders that hold several; "
         "each with a scale, as in `zara:0.7`, which is else 1, and perhaps a name, as in `hers=zara.gguf:0.7`.",
         show_default=False,
     ),
@@ -47,6 +61,14 @@ Rename = Annotated[
         help="Another front for weights' names, as in model=model.language_model; may be repeated.",
     ),
 ]
+LokrRank = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Cut LoKr updates of two full factors, which no low rank holds, to this rank; `inspect` says the error.",
+    ),
+]
 Base = Annotated[
     str | None,
     typer.Option(
@@ -58,7 +80,30 @@ Base = Annotated[
 ]
 AdapterOutput = Annotated[
     Path,
-    typer.Option("--output", "-o", metavar="OUT", help="NAME.gguf for a GGUF adapter, else a folder for PEFT."),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="NAME.gguf for a GGUF adapter, NAME.safetensors for one in its own format, else a folder for PEFT.",
+    ),
+]
+FileFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        autocompletion=_formats,
+        help="gguf, peft, kohya, comfyui, diffusers or mlx; the output's ending says it when not given.",
+    ),
+]
+Program = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="PROGRAM",
+        autocompletion=_programs,
+        help="The program that will read it: vllm, sglang, llama.cpp, ollama, comfyui-app or mlx-lm.",
+    ),
 ]
 Method = Annotated[
     str,

@@ -72,7 +72,7 @@ class LoadedLora:
     metadata
         What the file says of itself: GGUF keys, or the fields of adapter_config.json.
     naming
-        Whose names they are: ``"gguf"``, ``"hf"`` or ``"own"``.
+        Whose names they are: ``"gguf"``, ``"hf"``, ``"kohya"`` or ``"own"``.
     source
         Where it was loaded from; None for one made in memory.
     opened

@@ -14,12 +14,17 @@ KINDS = {
     "new_tokens": "trained embedding rows of some tokens",
     "norm": "a norm weight",
     "base_weight": "the base's own embedding, saved along",
+    "lokr": "a Kronecker product of two full factors (LoKr), which no low rank holds",
+    "diff": "a full difference of a weight",
+    "diff_b": "a difference of a bias",
     "alora": "invocation tokens (an activated LoRA acts only after them)",
 }
 #: Kinds that change nothing: PEFT saves embeddings along whenever they are targeted.
 HARMLESS = frozenset({"base_weight"})
-#: Kinds that no live model can be given.
-NEVER_LIVE = frozenset({"norm", "alora"})
+#: Kinds that nothing but reading honours.
+NEVER = frozenset({"norm"})
+#: Kinds that no live model can be given; the others of them a merge adds to the weight.
+NEVER_LIVE = NEVER | {"lokr", "diff", "diff_b"}
 
 
 #: Token ids are 32-bit numbers in every format and program.

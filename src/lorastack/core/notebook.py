@@ -14,7 +14,7 @@ LORA_FIELDS = ("adapter", "weights", "rank", "names", "extras")
 
 def lora_row(lora: Any, name: str | None = None) -> tuple[object, ...]:
     """The cells of an adapter, under its own name or that on a stack."""
-    naming = {"gguf": "GGUF", "hf": "Hugging Face", "own": "its own"}[lora.naming]
+    naming = {"gguf": "GGUF", "hf": "Hugging Face", "kohya": "kohya", "own": "its own"}[lora.naming]
     return name or lora.name, lora.num_adapters(), lora.rank, naming, ", ".join(sorted(lora.extras)) or "none"
 
 

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 #: Weight names whose sum is kept, those without any sum included.
 _MOST_PACKS = 1 << 10
 _UNKNOWN: Any = object()
-_KIND_NAMES = {"gguf": "GGUF tensor names", "hf": "Hugging Face names", "own": "names of its own"}
+_KIND_NAMES = {
+    "gguf": "GGUF tensor names",
+    "hf": "Hugging Face names",
+    "kohya": "kohya names",
+    "own": "names of its own",
+}
 
 
 class LoraStack:

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 
 from lorastack.errors import ArgumentError
 
-Naming = Literal["gguf", "hf", "own"]
+#: ``kohya``: a module path with ``_`` for ``.`` behind ``lora_unet_`` and the like, told apart only against a base.
+Naming = Literal["gguf", "hf", "kohya", "own"]
 
 
 @dataclass(frozen=True, order=True)

@@ -28,7 +28,12 @@ from lorastack.ways import FORCE, ways
 #: What was replaced is said here, at the level INFO; the command shows it.
 LOG = logging.getLogger("lorastack.files")
 #: The files of a folder that holds an adapter and nothing else.
-ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"})
+ADAPTER_FILES = frozenset(
+    "adapter_config.json adapter_model.safetensors adapter_model.bin adapters.safetensors "
+    "pytorch_lora_weights.safetensors".split()
+)
+#: One of which a whole one has.
+_WHOLE = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 #: In a folder that a merge wrote: how it was made, with the names of all files that are its own.
 MERGE_RECIPE = "lorastack_merge.toml"
 #: Bytes of such a recipe.
@@ -127,7 +132,7 @@ def _irreplaceable(target: Path, found: os.stat_result) -> str | None:
             return None
         if others:
             return f"holds more than an adapter ({', '.join(map(shown, others[:3]))}{', ...' if others[3:] else ''})"
-        return None if not files or "adapter_config.json" in files else "holds no whole adapter"
+        return None if not files or any(name in files for name in _WHOLE) else "holds no whole adapter"
     led_to = status_of(target, ArgumentError) if stat.S_ISLNK(found.st_mode) else found
     if led_to is not None and not stat.S_ISREG(led_to.st_mode) and not stat.S_ISDIR(led_to.st_mode):
         return f"is {kind_of(led_to.st_mode)}"

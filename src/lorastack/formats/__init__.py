@@ -7,22 +7,23 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import NamedTuple
 
 from lorastack.core.adapter import LoadedLora
 from lorastack.errors import ArgumentError, FormatError, shown
 from lorastack.files import below, whole_output
-from lorastack.formats import companions, gguf, peft
+from lorastack.formats import companions, diffusers, gguf, kohya, mlx, peft
 from lorastack.formats.gguf_save import save_gguf
 from lorastack.formats.heads import is_gguf, is_safetensors, read_head
 from lorastack.formats.opened import OpenedFile
-from lorastack.formats.others import describe, is_peft
+from lorastack.formats.others import WITHOUT, reader_of
 from lorastack.formats.peft_config import CONFIG_NAME, read_config
 from lorastack.formats.peft_files import stands_for_folder
-from lorastack.formats.peft_save import save_peft
+from lorastack.formats.products import cut_products
 from lorastack.formats.provenance import Provenance, sources_of
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.formats.shards import refuse_part
+from lorastack.formats.writers import DIFFUSERS_WEIGHTS, Format, writer_of
 from lorastack.hub import ADAPTER_FILES, resolve
 from lorastack.ways import drop_extras, ways
 
@@ -30,6 +31,13 @@ from lorastack.ways import drop_extras, ways
 MAX_DEPTH = 4
 #: Elements of an array in the head of a model, whose vocabulary has one for each token.
 MAX_VOCABULARY = 1 << 22
+
+
+class _How(NamedTuple):
+    """The options that readers have in common."""
+
+    allow_nonfinite: bool
+    ignore: Collection[str]
 
 
 def load(
@@ -40,8 +48,9 @@ def load(
     ignore: Collection[str] = (),
     subfolder: str | None = None,
     rename: Mapping[str, str] | None = None,
+    rank: int | None = None,
 ) -> LoadedLora:
-    """Load an adapter: a GGUF file, a PEFT folder, or a hub id. The content decides, not the ending.
+    """Load an adapter of any format: a file, a folder, or a hub id. The content decides, not the ending.
 
     Opening checks the header; factors are read into memory when first used, from the same open of the file: one that
     was changed meanwhile is an error.
@@ -63,6 +72,8 @@ def load(
     rename
         Another front for weights' names, by whole parts: ``{"model": "model.language_model"}`` lets a text adapter fit
         the text part of a model with pictures. See `LoadedLora.with_weights_renamed`.
+    rank
+        The rank that LoKr updates of two full factors are cut to, which no low rank holds; the notes say their errors.
 
     Raises
     ------
@@ -75,26 +86,32 @@ def load(
         # The cache names a snapshot's folder by its hash, and that above it models--OWNER--NAME.
         name = where.parts[-3].rpartition("--")[2]
     load_it = _load_folder if where.is_dir() else _load_file
-    lora = load_it(where, name, allow_nonfinite, ignore)
-    return lora.with_weights_renamed(rename) if rename else lora
+    lora = load_it(where, name, _How(allow_nonfinite, ignore))
+    lora = lora.with_weights_renamed(rename) if rename else lora
+    return lora if rank is None else cut_products(lora, rank)
 
 
 def save(
     lora: LoadedLora,
     path: str | Path,
     *,
+    format: Format | None = None,
     dtype: str | None = None,
     force: bool = False,
     recipe: bool = True,
     architecture: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write an adapter: to a ``.gguf`` file as llama.cpp reads it, to any other name as a PEFT folder.
+    """Write an adapter, as the ending says: ``.gguf`` as llama.cpp reads it, any other name as a PEFT folder.
 
     The output is written beside its place and moved there whole.
 
     Parameters
     ----------
+    format
+        ``"kohya"`` or ``"comfyui"`` (a ``.safetensors`` file), ``"diffusers"`` (one, or a folder), ``"mlx"``,
+        ``"peft"`` (folders) or ``"gguf"``. When not given, the ending says it; a ``.safetensors`` file gets the format
+        that the adapter came from.
     dtype
         ``"f32"``, ``"f16"``, ``"bf16"`` or (GGUF) ``"q8_0"``; each factor keeps its own when not given.
     force
@@ -115,10 +132,9 @@ def save(
         When the output exists and ``force`` is not set, or it is nothing to replace.
     """
     path = Path(path)
-    if path.suffix in (".safetensors", ".bin"):
-        raise ArgumentError(f"{path}: an adapter is written as NAME.gguf, or as a PEFT folder: leave the ending out")
-    as_gguf = path.suffix == ".gguf"
+    as_file, write = writer_of(lora, path, format)
     if architecture is not None:
+        as_gguf = write is save_gguf
         said = lora.metadata.get("general.architecture")
         if not as_gguf or said not in (None, architecture):
             raise ArgumentError(
@@ -127,8 +143,7 @@ def save(
             )
         lora = replace(lora, metadata=MappingProxyType({**lora.metadata, "general.architecture": architecture}))
     _check_tokens(lora)
-    write = save_gguf if as_gguf else save_peft
-    with whole_output(path, force, folder=not as_gguf, sources=sources_of(lora)) as scratch:
+    with whole_output(path, force, folder=not as_file, sources=sources_of(lora)) as scratch:
         write(lora, scratch, dtype, Provenance.of_lora(lora).to_toml() if recipe else None, progress)
     return path
 
@@ -173,21 +188,24 @@ def _weight_files(folder: Path) -> list[Path]:
 def _lone_file(folder: Path) -> Path | None:
     """The adapter's only file, in a folder that is no whole model."""
     files = _weight_files(folder)
-    return files[0] if len(files) == 1 and not (folder / "config.json").exists() else None
+    if (folder / "config.json").exists():
+        return None
+    usual = folder / DIFFUSERS_WEIGHTS
+    return usual if usual in files else files[0] if len(files) == 1 else None
 
 
 def _is_model(folder: Path) -> bool:
     return (folder / "config.json").exists() and bool(_weight_files(folder) or list(folder.glob("pytorch_model*.bin")))
 
 
-def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:
+def _load_folder(folder: Path, name: str | None, how: _How) -> LoadedLora:
     if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
-        return peft.load(*_peft_config(folder), name, allow_nonfinite, ignore)
+        return _load_configured(folder, name, how)
     if file := _lone_file(folder):
-        return _load_file(file, name, allow_nonfinite, ignore)
+        return _load_file(file, name, how)
     inside = adapters_in(folder)
     if len(inside) == 1:
-        return (_load_folder if inside[0].is_dir() else _load_file)(inside[0], name, allow_nonfinite, ignore)
+        return (_load_folder if inside[0].is_dir() else _load_file)(inside[0], name, how)
     if inside:
         raise FormatError(f"{folder}: it holds several adapters; load one of them", [str(one) for one in inside[:50]])
     if below_it := _adapters_below(folder):
@@ -200,29 +218,31 @@ def _load_folder(folder: Path, name: str | None, allow_nonfinite: bool, ignore: 
     raise FormatError(f"{folder}: it has no {CONFIG_NAME}; name one file, or a folder saved by PEFT", listing)
 
 
-def _load_file(path: Path, name: str | None, allow_nonfinite: bool, ignore: Collection[str]) -> LoadedLora:
+def _load_file(path: Path, name: str | None, how: _How) -> LoadedLora:
     file = OpenedFile(path)
     head = read_head(file)
     if is_gguf(head):
-        return gguf.load(file, name, allow_nonfinite)
+        return gguf.load(file, name, how.allow_nonfinite)
     refuse_part(path)
     folder = path.parent
-    if not (folder / CONFIG_NAME).is_file():
+    configured = (folder / CONFIG_NAME).is_file()
+    if configured and stands_for_folder(path):
+        return _load_folder(folder, name, how)
+    if is_safetensors(head) or not configured:
         weights = SafetensorsFile(file)
-        raise FormatError(f"{path}: it is {describe(weights.tensors, weights.metadata)}")
-    if stands_for_folder(path):
-        return _load_folder(folder, name, allow_nonfinite, ignore)
-    if is_safetensors(head) and not is_peft(names := SafetensorsFile(file).tensors):
-        raise FormatError(f"{path}: it is {describe(names)}")
-    return peft.load(*_peft_config(folder), name or path.stem, allow_nonfinite, ignore, weights=file)
+        reader = reader_of(weights.tensors, weights.metadata)
+        if reader == "kohya":
+            return kohya.load(weights, name, how.allow_nonfinite)
+        if reader == "diffusers":
+            return diffusers.load(weights, name, how.allow_nonfinite, how.ignore)
+        if not configured or reader not in ("peft", "mlx"):
+            raise FormatError(f"{path}: it is {WITHOUT.get(reader, reader)}")
+    return _load_configured(folder, name or path.stem, how, weights=file)
 
 
-def _peft_config(folder: Path) -> tuple[OpenedFile, dict[str, Any]]:
-    """adapter_config.json as PEFT writes it, and what is in it; MLX has a file of the same name."""
+def _load_configured(folder: Path, name: str | None, how: _How, weights: OpenedFile | None = None) -> LoadedLora:
+    """An adapter with an adapter_config.json, which MLX has under the same name as PEFT."""
     file = OpenedFile(folder / CONFIG_NAME)
     raw = read_config(file)
-    if "peft_type" not in raw and ("lora_parameters" in raw or "fine_tune_type" in raw):
-        raise FormatError(
-            f"{folder}: it is an MLX adapter (lora_parameters), which is not read yet; convert it to PEFT"
-        )
-    return file, raw
+    reader = mlx.load if mlx.is_mlx(raw) else peft.load
+    return reader(file, raw, name, how.allow_nonfinite, how.ignore, weights)

@@ -21,9 +21,14 @@ from lorastack.formats.peft import RECIPE_KEY
 from lorastack.formats.peft_config import CONFIG_NAME
 from lorastack.formats.peft_files import WEIGHTS
 from lorastack.formats.peft_keys import PREFIX
-from lorastack.formats.safetensors_save import Entry, write_safetensors
-from lorastack.ways import CONVERT, drop_extras, ways
+from lorastack.formats.peft_parameters import inner_to_outer
+from lorastack.formats.safetensors_save import Entry, kept, write_safetensors
+from lorastack.ways import BASE, CONVERT, drop_extras, ways
 
+#: Extras that PEFT has no place for.
+_NOT_HELD = ("norm", "lokr", "diff", "diff_b")
+#: The version of PEFT that reads factors of experts as they are written here.
+_LAYOUT = "0.19.0"
 #: Fields that say what the adapter is for, which views and bakes leave true.
 _KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out")
 
@@ -58,12 +63,14 @@ def save_peft(
 
 def _check(lora: LoadedLora) -> None:
     problems = Problems(f"{lora.name} cannot be written as a PEFT folder")
-    if lora.naming == "gguf":
-        problems.add(f"its weights have GGUF names{ways(CONVERT)}")
+    if lora.naming in ("gguf", "kohya"):
+        problems.add(f"its weights have {'GGUF' if lora.naming == 'gguf' else 'kohya'} names{ways(CONVERT)}")
     if not lora.adapters:
         problems.add("it has no weights")
     for name, delta in lora.adapters.items():
-        if delta.kind != "experts" and not name.endswith(".weight"):
+        if delta.kind == "stored" and delta.num_experts:
+            problems.add(f"weight {name}: which way round its experts are, only the base tells{ways(BASE)}")
+        if not _is_parameter(delta) and lora.naming != "kohya" and not name.endswith(".weight"):
             problems.add(f"weight {name}: its name does not end with .weight, which PEFT's modules have")
         if not is_text(name):
             problems.add(f"weight {shown(name)}: the name is no text that UTF-8 holds")
@@ -72,32 +79,34 @@ def _check(lora: LoadedLora) -> None:
     named = lora.metadata.get("modules_to_save")
     if lora.extras.get("modules_to_save") and named is not None and not isinstance(named, list):
         problems.add(f"modules_to_save is {shown(named)}, expected names{ways(drop_extras('modules_to_save'))}")
-    for name in lora.extras.get("norm", {}):
-        problems.add(f"norm: {KINDS['norm']}, {name}{ways(drop_extras('norm'))}")
+    for kind in _NOT_HELD:
+        for name in lora.extras.get(kind, {}):
+            problems.add(f"{kind}: {KINDS[kind]}, {name}{ways(drop_extras(kind))}")
     problems.raise_any(FormatError)
 
 
 def _config(lora: LoadedLora) -> dict[str, Any]:
-    modules = {module_of(name): delta for name, delta in lora.adapters.items() if delta.kind != "experts"}
-    parameters = {name: delta for name, delta in lora.adapters.items() if delta.kind == "experts"}
+    modules = {module_of(name): delta for name, delta in lora.adapters.items() if not _is_parameter(delta)}
+    parameters = {name: delta for name, delta in lora.adapters.items() if _is_parameter(delta)}
     looked_up = modules | parameters  # in rank_pattern and alpha_pattern: by module, or by parameter with its name
     rank = Counter(delta.rank for delta in looked_up.values()).most_common(1)[0][0]
-    alpha, rslora, odd = _scaling(looked_up)
+    alpha, rslora, odd = scalings(looked_up)
     config: dict[str, Any] = {key: lora.metadata[key] for key in _KEPT if lora.metadata.get(key)}
     config |= {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": _whole(alpha),
+        "lora_alpha": whole(alpha),
         "lora_dropout": 0.0,
         "use_rslora": rslora,
         "init_lora_weights": True,
         "inference_mode": True,
         "target_modules": sorted(modules),
         "rank_pattern": {pattern_key(m): d.rank for m, d in looked_up.items() if d.rank != rank},
-        "alpha_pattern": {pattern_key(m): _whole(alpha) for m, alpha in odd.items()},
+        "alpha_pattern": {pattern_key(m): whole(alpha) for m, alpha in odd.items()},
     }
     if parameters:
         config["target_parameters"] = sorted(parameters)
+        config["peft_version"] = _LAYOUT
     return config | _config_of_extras(lora)
 
 
@@ -120,7 +129,7 @@ def _config_of_extras(lora: LoadedLora) -> dict[str, Any]:
     return config
 
 
-def _scaling(owners: Mapping[str, LoraDelta]) -> tuple[float, bool, dict[str, float]]:
+def scalings(owners: Mapping[str, LoraDelta]) -> tuple[float, bool, dict[str, float]]:
     """(lora_alpha, use_rslora, alpha of the modules that need another): the simplest that is exact.
 
     PEFT computes alpha/rank, or alpha/√rank under rsLoRA, in float64.
@@ -144,7 +153,7 @@ def _tidy(alpha: float, scaling: float, divisor: float) -> float:
     return nearest if abs(nearest / divisor - scaling) <= 1e-15 * abs(scaling) else alpha
 
 
-def _whole(value: float) -> float | int:
+def whole(value: float) -> float | int:
     # Above 2**53 a float is no longer one certain whole number, and JSON's end at 64 bits.
     return int(value) if float(value).is_integer() and abs(value) <= 1 << 53 else value
 
@@ -152,6 +161,11 @@ def _whole(value: float) -> float | int:
 def pattern_key(name: str) -> str:
     """A pattern that hits this module only: PEFT matches regular expressions against the end of every path."""
     return "^" + re.escape(name)
+
+
+def _is_parameter(delta: LoraDelta) -> bool:
+    """Whether PEFT writes the update of this weight under ``target_parameters``."""
+    return delta.kind in ("experts", "stored")
 
 
 def module_of(name: str) -> str:
@@ -166,10 +180,11 @@ def _entries(lora: LoadedLora, dtype: str | None) -> Iterator[Entry]:
         if delta.kind == "experts":
             yield from _expert_entries(inner[name], a, b, dtype)
             continue
+        module = inner.get(name) or module_of(name)
         endings = ("lora_embedding_A", "lora_embedding_B") if delta.kind == "embedding" else (
             "lora_A.weight", "lora_B.weight")  # fmt: skip
         for factor, ending in zip((a, b), endings, strict=True):
-            yield _entry(f"{PREFIX}{module_of(name)}.{ending}", factor, dtype)
+            yield _entry(f"{PREFIX}{module}.{ending}", factor, dtype)
     endings_of = {"dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
     for kind, ending in endings_of.items():
         for name, factor in lora.extras.get(kind, {}).items():
@@ -185,29 +200,20 @@ def _entries(lora: LoadedLora, dtype: str | None) -> Iterator[Entry]:
 
 
 def _entry(key: str, factor: Factor, dtype: str | None) -> Entry:
-    kind = dtype or _kept(factor)
+    kind = dtype or kept(factor)
     return key, factor.shape, kind, lambda: factor.cast(1.0, dtypes.numpy_type(kind))
-
-
-def _kept(factor: Factor) -> str:
-    """The type a factor is written in when none is asked for; safetensors has no q8_0."""
-    kind = dtypes.short_name(factor.stored)
-    return "f32" if kind == "q8_0" else kind
 
 
 def _inner_parameters(lora: LoadedLora) -> dict[str, str]:
     """Expert parameter -> path of the wrapper PEFT keeps its factors in: its first lies innermost."""
-    order = ["gate_up_proj", "gate_proj", "up_proj", "down_proj"]
     by_module: dict[str, list[str]] = {}
     for name, delta in lora.adapters.items():
-        if delta.kind == "experts":
+        if _is_parameter(delta):
             module, _, parameter = name.rpartition(".")
             by_module.setdefault(module, []).append(parameter)
     paths = {}
     for module, parameters in by_module.items():
-        if len(parameters) > 1:
-            parameters.sort(key=lambda p: order.index(p) if p in order else len(order))
-        for depth, parameter in enumerate(reversed(parameters)):
+        for depth, parameter in enumerate(reversed(inner_to_outer(parameters) or parameters)):
             paths[f"{module}.{parameter}"] = module + ".base_layer" * depth
     return paths
 

@@ -28,6 +28,10 @@ _ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
          "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}  # fmt: skip
 #: How much of a file is read at first: the header of an adapter of every linear layer of a 7B model has 60 KB.
 _FIRST = 1 << 16
+_PLAIN = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+          "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"}  # fmt: skip
+#: What one number, such as an alpha, may be stored as.
+NUMBERS = frozenset({*_PLAIN, "BF16"})
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 #: (dtype, shape, first byte after the header, last byte + 1)
@@ -81,7 +85,7 @@ class SafetensorsFile:
 
 def numpy_dtype(stored: str) -> np.dtype:
     """The NumPy dtype of a safetensors dtype name, with ``ml_dtypes`` for those NumPy lacks."""
-    plain = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}.get(stored)
+    plain = _PLAIN.get(stored)
     if plain:
         return np.dtype(plain)
     import ml_dtypes

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from lorastack.core import dtypes
+from lorastack.core.factor import Factor
 from lorastack.errors import Failures
 
 STORED = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
@@ -20,6 +22,12 @@ _ITEM = {"f32": 4, "f16": 2, "bf16": 2}
 
 #: name, shape, "f32" | "f16" | "bf16", and what computes the array
 Entry = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
+
+
+def kept(factor: Factor) -> str:
+    """The type a factor is written in when none is asked for; safetensors has no q8_0."""
+    kind = dtypes.short_name(factor.stored)
+    return "f32" if kind == "q8_0" else kind
 
 
 def write_safetensors(

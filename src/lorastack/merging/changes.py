@@ -12,7 +12,9 @@ import numpy as np
 from lorastack.algebra.entries import Entry
 from lorastack.base.model import BaseModel, Stored
 from lorastack.core.delta import LoraDelta
+from lorastack.core.extras import KINDS
 from lorastack.core.factor import Factor
+from lorastack.core.kronecker import Kronecker
 from lorastack.errors import NamingError, Problems
 from lorastack.ways import Way, ways
 
@@ -41,13 +43,14 @@ class Tokens(NamedTuple):
 class Change:
     """All that happens to one weight: what it starts from, what is added in order, which rows are put in at the end.
 
-    ``added`` are biases of lora_B with their multipliers, where the weight is itself a bias.
+    ``added`` are biases with their multipliers, where the weight is itself a bias; ``dense`` are updates of full rank.
     """
 
     terms: list[Term] = field(default_factory=list)
     replaced: Factor | None = None
     tokens: Tokens | None = None
     added: list[tuple[float, Factor]] = field(default_factory=list)
+    dense: list[tuple[float, Factor | Kronecker]] = field(default_factory=list)
 
 
 def changes_of(entries: Sequence[Entry], base: BaseModel) -> dict[str, Change]:
@@ -75,6 +78,8 @@ def changes_of(entries: Sequence[Entry], base: BaseModel) -> dict[str, Change]:
         if scale == 0:
             continue
         extras = lora.extras
+        if "alora" in extras:
+            problems.add(f"{name}: it has {KINDS['alora']}, which weights cannot do{ways(_LIVE)}")
         for weight, delta in lora.adapters.items():
             at(weight).terms.append(Term(name, scale, delta, extras.get("dora", {}).get(weight)))
         for weight, factor in extras.get("lora_bias", {}).items():
@@ -83,6 +88,16 @@ def changes_of(entries: Sequence[Entry], base: BaseModel) -> dict[str, Change]:
                 problems.add(f"{name}: {weight} has a bias of lora_B, the base no bias to add it to{ways(_LIVE)}")
             else:
                 at(bias).added.append((scale * lora.adapters[weight].scaling, factor))
+        for weight, factor in extras.get("diff_b", {}).items():
+            if base.place_of(weight) is None:
+                problems.add(f"{name}: the base has no bias {weight} to add a difference to{ways(_LIVE)}")
+            else:
+                at(weight).added.append((scale, factor))
+        for kind in ("lokr", "diff"):
+            for weight, value in extras.get(kind, {}).items():
+                at(weight).dense.append((scale, value))
+                if weight in extras.get("dora", {}) or base.kept_turned(weight, "linear"):
+                    problems.add(f"{name}: {weight} has a full update, which cannot be merged with DoRA or Conv1D")
         for kind in ("bias", *_SAVED):
             for weight, factor in extras.get(kind, {}).items():
                 changes_it = kind != "base_weight" or factor.shape != base.shape_of(weight) or is_saved(base, weight)

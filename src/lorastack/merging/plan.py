@@ -190,7 +190,7 @@ def _updates(name: str, change: Change, base: BaseModel, problems: Problems) -> 
         (part,) = place.parts
         if why := _unreadable(part):
             problems.add(f"weight {name} is {why}{ways(_FULL, _LIVE)}")
-        kind = change.terms[0].delta.kind if change.terms else None
+        kind = change.terms[0].delta.kind if change.terms else "conv" if change.dense and len(shape) > 2 else None
         turned = bool(change.terms) and base.turned(name, change.terms[0].delta)
         return [(part, Update(name, shape_in_file(shape, kind), turned, **said))]
     if change.replaced is not None:
@@ -211,6 +211,7 @@ def _said(change: Change) -> dict[str, Any]:
         "replaced": change.replaced,
         "tokens": change.tokens,
         "added": tuple(change.added),
+        "dense": tuple(change.dense),
     }
 
 

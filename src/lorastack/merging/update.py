@@ -22,6 +22,7 @@ import numpy as np
 from lorastack.base.scratch import Scratch
 from lorastack.core.delta import LoraDelta, multiplier
 from lorastack.core.factor import Factor
+from lorastack.core.kronecker import Kronecker
 from lorastack.merging.changes import Term, Tokens
 
 #: Numbers of a block: it is read, changed and written while the processor's cache has it.
@@ -52,6 +53,7 @@ class Update:
     replaced: Factor | None = None
     tokens: Tokens | None = None
     added: tuple[tuple[float, Factor], ...] = ()
+    dense: tuple[tuple[float, Factor | Kronecker], ...] = ()
     expert: int | None = None
     first_out: int = 0
 
@@ -66,7 +68,7 @@ class Update:
     @property
     def as_saved(self) -> bool:
         """Whether it is what an adapter saved whole, and nothing else."""
-        return self.replaced is not None and not (self.terms or self.added or self.tokens)
+        return self.replaced is not None and not (self.terms or self.added or self.tokens or self.dense)
 
     @property
     def rank(self) -> int:
@@ -122,6 +124,8 @@ class Sum:
                 rows += left @ right
             else:
                 rows += np.matmul(left, right, out=scratch.array("delta", rows.shape, self.dtype))
+        for times, value in self.update.dense:
+            rows += full_rows(value, at.first, at.stop, self.dtype) * self.dtype(times)
         for times, bias in self.update.added:
             rows += bias.take().reshape(1, -1)[:, : rows.shape[1]].astype(self.dtype) * self.dtype(times)
         if self._tokens is not None:
@@ -215,6 +219,14 @@ class Sum:
         return right
 
 
+def full_rows(value: Factor | Kronecker, first: int, stop: int, dtype: type = np.float32) -> np.ndarray:
+    """Rows ``[stop - first, columns]`` of an update of full rank, a kernel's positions side by side."""
+    if isinstance(value, Kronecker):
+        return value.rows(first, stop, dtype)
+    array = value.array
+    return array.reshape(math.prod(array.shape[:1]) if array.ndim > 1 else 1, -1)[first:stop].astype(dtype)
+
+
 def _arrays(delta: LoraDelta) -> tuple[np.ndarray, np.ndarray]:
     """A and B in the types they are stored in, one matrix for each expert; a kernel's positions side by side."""
     a, b = (factor.take() for factor in delta.factors)
@@ -233,7 +245,7 @@ def shape_in_file(shape: tuple[int, ...], kind: str | None) -> tuple[int, int, i
     >>> shape_in_file((8, 16, 4), "experts"), shape_in_file((16, 3, 5, 5), "conv"), shape_in_file((7,), None)
     ((8, 16, 4), (1, 16, 75), (1, 1, 7))
     """
-    if kind == "experts" and len(shape) == 3:
+    if kind in ("experts", "stored") and len(shape) == 3:
         return shape[0], shape[1], shape[2]
     if kind == "conv":
         return 1, shape[0], math.prod(shape[1:])

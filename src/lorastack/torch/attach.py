@@ -13,11 +13,12 @@ from lorastack.core.adapter import LoadedLora, LoraAdapter
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError
 from lorastack.torch.entry import Entry
-from lorastack.torch.experts import LoraWeight
 from lorastack.torch.handle import ATTACHED, Handle
 from lorastack.torch.layer import LiveLayer
 from lorastack.torch.parts import as_module, roots_of
-from lorastack.torch.saved import BiasPatch, TokenPatch, bring_back_replaced
+from lorastack.torch.saved import BiasPatch, bring_back_replaced
+from lorastack.torch.tokens import TokenPatch
+from lorastack.torch.weight import LoraWeight
 from lorastack.torch.wrappers import modules_of
 
 

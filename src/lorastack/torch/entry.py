@@ -70,7 +70,7 @@ class Entry:
         self.passes.enter(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.passes.leave(module)
+        self.passes.leave(module, output)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         running = CURRENT.running

@@ -16,6 +16,7 @@ from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, Problems, UnknownNameError, UnsupportedError, did_you_mean
 from lorastack.torch.assembly import Assembly, Live, Report
 from lorastack.torch.experts import LiveParameter
+from lorastack.torch.layout import without_rows
 from lorastack.torch.parts import Parts, roots_of
 from lorastack.torch.plan import Plan, plan_of_context
 from lorastack.torch.rows import Mixture
@@ -270,7 +271,10 @@ class Handle:
 
         def make() -> tuple[Mixture, dict[str, Any]]:
             mixture = Mixture(self._table(mixtures or ()), index)
-            ways = {layer.name: mixture.way(layer, layer.kind == "linear") for layer in assembly.live_layers()}
+            ways = {
+                layer.name: mixture.way(layer, layer.kind == "linear" and not layer.gated)
+                for layer in assembly.live_layers()
+            }
             return mixture, ways
 
         return Plan(assembly.passes.number, assembly.passes.holders, mixtures, make, index, copies)
@@ -301,8 +305,12 @@ class Handle:
         found = []
         if any(slot.dora is not None for _, slot in slots):
             found.append("it has DoRA magnitudes")
-        if any(slot.bias is not None for _, slot in slots):
-            found.append("it has lora_B biases")
+        modules = self._assembly.modules_now()
+        for layer, _ in slots:
+            path = layer.place.name.rpartition(".")[0].rpartition(".")[0]
+            if why := without_rows(layer.place.name, modules.get(path)):
+                found.append(why)
+        found = list(dict.fromkeys(found))
         if any(isinstance(layer, LiveParameter) for layer, _ in slots):
             found.append("it changes experts or bare parameters, whose tokens are no longer in rows")
         if any(not slot.finite and layer.kind in ("embedding", "conv") for layer, slot in slots):

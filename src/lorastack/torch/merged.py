@@ -21,7 +21,8 @@ from lorastack.torch.parts import as_module, roots_of
 from lorastack.torch.places import Place, Places, is_conv1d
 from lorastack.torch.prepare import Candidate, prepare
 from lorastack.torch.prepared import Prepared
-from lorastack.torch.saved import BiasPatch, ModulePatch, Patch, TokenPatch
+from lorastack.torch.saved import BiasPatch, ModulePatch, Patch, ShownPatch, clashes
+from lorastack.torch.tokens import TokenPatch
 from lorastack.ways import Way, ways
 
 #: Numbers of a block: of a large weight no second copy is made in float32.
@@ -39,6 +40,7 @@ class _Kept(NamedTuple):
     name: str
     parameter: nn.Parameter | None
     numbers: torch.Tensor | None
+    buffer: torch.Tensor | None = None
 
 
 class MergedStack:
@@ -80,7 +82,10 @@ class MergedStack:
 
     def _bring_back(self) -> None:
         with torch.no_grad():
-            for module, name, parameter, numbers in reversed(self._kept):
+            for module, name, parameter, numbers, buffer in reversed(self._kept):
+                if buffer is not None:
+                    module._buffers[name] = buffer
+                    continue
                 if parameter is not None and numbers is not None:
                     parameter.copy_(numbers)
                 module._parameters[name] = parameter
@@ -180,11 +185,14 @@ def _prepared(candidates: Sequence[Candidate], places: Places, wide: torch.dtype
             continue
         if candidate.scale == 0:
             continue
+        if any(part.tokens for part in own):
+            problems.add(
+                f"{candidate.name}: it acts from its invocation tokens on only, not in every token{ways(_ATTACH)}"
+            )
         for part in own:
             parts.setdefault(part.place.name, []).append((candidate.scale, part))
-        for patch in replaced:
-            if owners.setdefault(patch.claim, candidate.name) != candidate.name:
-                problems.add(f"{owners[patch.claim]} and {candidate.name} both replace {patch.claim}; merge only one")
+        for line in clashes(candidate.name, replaced, owners, "merge"):
+            problems.add(line)
         patches += replaced
     problems.raise_any(UnsupportedError)
     return parts, patches
@@ -210,6 +218,10 @@ def _merge(
             for name, parameter in patch.copy._parameters.items():
                 if parameter is not None and parameter is not patch.module._parameters.get(name):
                     done._put(patch.module, name, parameter)
+            for name, buffer in patch.copy._buffers.items():
+                if (own := patch.module._buffers.get(name)) is not None and own is not buffer:
+                    done._kept.append(_Kept(patch.module, name, None, None, own))
+                    patch.module._buffers[name] = buffer
     for at in parts.values():
         place = at[0][1].place
         _own(done, place.module, place.parameter, shared, on_cpu)
@@ -225,8 +237,13 @@ def _merge(
             assert bias is not None
             done._keep(patch.module, "bias", on_cpu)
             bias.copy_((bias.to(wide) + patch.difference.to(wide)).to(bias.dtype))
+        elif isinstance(patch, ShownPatch):
+            own = patch.module._parameters[patch.key]
+            assert own is not None
+            done._keep(patch.module, patch.key, on_cpu)
+            own.copy_(patch.tensor)
         elif isinstance(patch, TokenPatch):
-            _put_tokens(done, patch, on_cpu)
+            _put_tokens(done, patch, places, on_cpu)
 
 
 def _shared(places: Places) -> set[int]:
@@ -254,7 +271,7 @@ def _add(weight: torch.Tensor, at: Sequence[tuple[float, Prepared]], place: Plac
     matrices = weight if place.kind == "parameter" and weight.dim() == 3 else weight.detach()[None]
     for n, matrix in enumerate(matrices):
         flat = matrix.view(matrix.shape[0], -1) if matrix.is_contiguous() else matrix
-        turned = _turned(place, flat, at[0][1])
+        turned = _turned(place, at[0][1])
         for rows in _blocks(flat):
             new = flat[rows].to(wide)
             for scale, part in at:
@@ -269,11 +286,10 @@ def _add(weight: torch.Tensor, at: Sequence[tuple[float, Prepared]], place: Plac
             flat[rows] = new.to(weight.dtype)
 
 
-def _turned(place: Place, flat: torch.Tensor, part: Prepared) -> bool:
+def _turned(place: Place, part: Prepared) -> bool:
     """Whether the weight is kept [in, out]."""
     if place.kind == "parameter":
-        wanted = (part.b.shape[-2], part.a.shape[-1])
-        return tuple(flat.shape) != wanted or bool(getattr(place.module, "is_transposed", False))
+        return place.turned(part.b.shape[-2], part.a.shape[-1])
     return place.kind == "embedding" or is_conv1d(place.module)
 
 
@@ -303,11 +319,15 @@ def _add_biases(
     own.copy_((own.to(total.dtype) + total).to(own.dtype))
 
 
-def _put_tokens(done: MergedStack, patch: TokenPatch, on_cpu: bool) -> None:
-    """Write trained rows into an embedding, and into a head that was tied to it."""
-    for module in {id(m): m for m in (patch.module, patch.head) if m is not None}.values():
-        weight = module._parameters["weight"]
-        assert weight is not None
-        if not any(k.parameter is weight and k.numbers is not None for k in done._kept):
-            done._keep(module, "weight", on_cpu)
-        weight[patch.ids] = patch.rows.to(weight.dtype)
+def _put_tokens(done: MergedStack, patch: TokenPatch, places: Places, on_cpu: bool) -> None:
+    """Write trained rows into every module that has them; one that shares its weight with others gets its own."""
+    weight = patch.modules[0]._parameters["weight"]
+    others = [m for m in places.modules.values() if m._parameters.get("weight") is weight and m not in patch.modules]
+    if others:
+        new = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        for module in patch.modules:
+            done._put(module, "weight", new)
+        weight = new
+    elif not any(k.parameter is weight and k.numbers is not None for k in done._kept):
+        done._keep(patch.modules[0], "weight", on_cpu)
+    weight[patch.ids] = patch.rows.to(weight.dtype)
