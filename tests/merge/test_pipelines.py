@@ -274,6 +274,33 @@ def test_the_command_merges_into_a_checkpoint_and_takes_the_adapter_out_again(tm
         assert np.abs(products[0] - products[1]).max() < 1e-4, name
 
 
+def test_what_a_checkpoint_keeps_otherwise_is_compared_as_the_weight_that_it_is(tmp_path: Path) -> None:
+    pipe = stable_diffusion_xl()
+    state = checkpoint(pipe)
+    front = "conditioner.embedders.1.model."
+    changed = {f"{front}text_projection": torch.ones(32, 32) / 32}
+    bias = f"{front}transformer.resblocks.0.attn.in_proj_bias"
+    changed[bias] = torch.cat([torch.zeros(32), torch.ones(32), torch.zeros(32)])
+    attention = "first_stage_model.encoder.mid.attn_1.q.weight"
+    changed[attention] = torch.outer(torch.arange(16.0), torch.ones(16))[..., None, None]
+    save_file(state, tmp_path / "old.safetensors")
+    save_file({k: v + changed[k] if k in changed else v for k, v in state.items()}, tmp_path / "new.safetensors")
+    found = extract(tmp_path / "new.safetensors", tmp_path / "old.safetensors", rank=1, save_rest=True)
+    text = "text_encoder_2.text_projection.weight"
+    wanted = {
+        text: np.ones((32, 32)) / 32,
+        "vae.encoder.mid_block.attentions.0.to_q.weight": np.outer(range(16), [1] * 16),
+    }
+    assert set(found.adapters) == set(wanted)
+    for name, change in wanted.items():
+        delta = found.adapters[name]
+        assert np.abs(delta.scaling * delta.b @ delta.a - change).max() < 1e-5, name
+    (biases,) = found.extras.values()
+    (name,) = biases
+    assert name == "text_encoder_2.text_model.encoder.layers.0.self_attn.k_proj.bias"
+    assert np.abs(biases[name].take() - (state[bias][32:64].numpy() + 1)).max() < 1e-6
+
+
 def test_what_cannot_be_a_base_or_merged_into_is_refused_by_name(tmp_path: Path) -> None:
     pipe = stable_diffusion_xl()
     state = checkpoint(pipe)
