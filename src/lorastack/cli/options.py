@@ -71,7 +71,12 @@ LokrRank = Annotated[
 ]
 Base = Annotated[
     str | None,
-    typer.Option("--base", "-b", metavar="BASE", help="The base model: a Hugging Face folder, hub id or GGUF file."),
+    typer.Option(
+        "--base",
+        "-b",
+        metavar="BASE",
+        help="The base model: a folder, a hub id, a GGUF file, or a checkpoint of Stable Diffusion.",
+    ),
 ]
 AdapterOutput = Annotated[
     Path,
