@@ -172,7 +172,7 @@ def test_tokens_of_two_adapters_go_together_where_they_are_not_the_same(tmp_path
     plain = [one.without_extras("new_tokens") for one in loras]
     with attach(expected, LoraStack([(plain[0], 1.0), (plain[1], 1.0)])):
         assert far(found, output(expected, TEXT)) < 1e-5
-    said = f"2 and 0 both replace token {SEEN[0]} of model.embed_tokens.weight; attach only one"
+    said = f"0 and 2 both replace token {SEEN[0]} of model.embed_tokens.weight; attach only one"
     with pytest.raises(UnsupportedError, match=said):
         attach(model, LoraStack([(loras[0], 1.0), (loras[2], 1.0)]))
 
