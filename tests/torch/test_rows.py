@@ -78,13 +78,12 @@ def test_many_rows_with_one_adapter_each(setup, rows: int) -> None:
     assert far(found, torch.cat(expected)) < 1e-5
 
 
-def test_gathered_and_dense_rows_agree(setup, monkeypatch) -> None:
+def test_ways_agree(setup, monkeypatch) -> None:
     model, three = setup
     ids = tokens(len(MIXTURES), 6)
     found = []
-    for waste in (0, 10**9):  # always gathered, always dense
-        monkeypatch.setattr("lorastack.torch.rows.DENSE_WASTE", waste)
-        monkeypatch.setattr("lorastack.torch.rows.MAX_GATHERED", 10**9)
+    for ranks in (0, 10**9):  # each row its own, dense
+        monkeypatch.setattr("lorastack.torch.layer.DENSE_RANKS", ranks)
         with attach(model, LoraStack([(x, 1.0) for x in three])) as handle, torch.no_grad(), handle.rows(MIXTURES):
             found.append(model(input_ids=ids).logits)
     assert far(found[0], found[1]) < 1e-5
@@ -97,8 +96,8 @@ def test_a_nan_adapter_in_one_row_leaves_the_others_clean(setup, monkeypatch) ->
     broken = LoadedLora.from_tensors(bad, name="nan", allow_nonfinite=True)
     ids = tokens(4, 5)
     mixtures: list[dict[str, float]] = [{"a0": 1.0}, {"nan": 1.0}, {}, {"a1": 1.0}]
-    for waste in (0, 10**9):
-        monkeypatch.setattr("lorastack.torch.rows.DENSE_WASTE", waste)
+    for ranks in (0, 10**9):
+        monkeypatch.setattr("lorastack.torch.layer.DENSE_RANKS", ranks)
         stack = LoraStack([(three[0], 1.0), (broken, 1.0), (three[1], 1.0)])
         with attach(model, stack) as handle, torch.no_grad(), handle.rows(mixtures):
             found = model(input_ids=ids).logits
@@ -224,7 +223,6 @@ def enter(handle: Handle, mixtures: list[dict[str, float]], **options: object) -
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ({"use_dora": True}, "it has DoRA magnitudes"),
         ({"bias": "all"}, "it has trained biases of the base"),
         ({"modules_to_save": ["lm_head"]}, "it has whole saved modules"),
         ({"trainable_token_indices": {"embed_tokens": [3]}}, "it has trained tokens"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from lorastack.torch.prepare import Candidate, prepare
 from lorastack.torch.prepared import Prepared
 from lorastack.torch.saved import Patch, clashes
 from lorastack.torch.scales import Scales
+from lorastack.torch.tiles import Layout
 
 T = TypeVar("T")
 
@@ -68,6 +70,9 @@ class Assembly:
         self.candidates: list[Candidate] = []
         self.entries: list[Entry] = []
         self.scales = Scales()
+        #: How adapters lie at the layers, and of which version that is.
+        self._laid: tuple[int, tuple[Layout, ...]] | None = None
+        self._laying = threading.Lock()
         self._turned: set[nn.Module] | None = None
         #: The layers at which more than ``s`` follows the scales.
         self._followers: list[Live] = []
@@ -87,6 +92,16 @@ class Assembly:
     def live_layers(self) -> list[LiveLayer]:
         """The layers that rows can be told apart at."""
         return [layer for layer in self.layers.values() if isinstance(layer, LiveLayer)]
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """How adapters lie at the layers, for plans by row; looked at once after adapters came or went."""
+        with self._laying:
+            if self._laid is None or self._laid[0] != self.passes.version:
+                known: dict[Any, Layout] = {}
+                for layer in self.live_layers():
+                    layer.lay_out(known)
+                self._laid = (self.passes.version, tuple(known.values()))
+            return self._laid[1]
 
     def add(self, adapters: Adapters) -> str:
         """Attach several adapters, all or, when something does not fit, none; returns the last one's name."""

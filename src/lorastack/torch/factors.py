@@ -6,11 +6,14 @@ the others; ``s [R]`` is a view of the handle's one vector of scales, which a sc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 
 from lorastack.torch.prepared import Prepared, Slot
+
+_KEYS = itertools.count(1)
 
 
 class Factors:
@@ -34,7 +37,8 @@ class Factors:
     def add(self, entry: int, part: Prepared) -> None:
         """Put an adapter's factors behind the others'."""
         self._append(part.a, part.b, part.rank)
-        self.slots.append(Slot(entry, part.rank, part.scaling, part.dora, part.bias, part.finite, part.tokens))
+        own = (part.rank, part.scaling, part.dora, part.bias, part.finite, part.tokens)
+        self.slots.append(Slot(entry, *own, next(_KEYS)))
         self._note_slots()
 
     def _append(self, a: torch.Tensor, b: torch.Tensor, rank: int) -> None:

@@ -59,6 +59,8 @@ class Handle:
         self.model = model
         self._assembly = Assembly(model, dtype, allow_partial)
         self._schedule: Schedule | None = None
+        #: The version of what is attached that all has rows.
+        self._fit = -1
         self.attached = True
 
     # What is attached
@@ -240,8 +242,8 @@ class Handle:
         ShapeError
             In a pass whose batch has another number of rows.
         UnsupportedError
-            Listing every adapter with DoRA, biases, saved modules, new tokens or experts, which have no row; and on a
-            pipeline, which makes rows of its own of the prompts.
+            Listing every adapter with biases of the base, saved modules, new tokens or experts, which have no row; and
+            on a pipeline, which makes rows of its own of the prompts.
         """
         self._check_attached()
         if isinstance(self.model, Parts):
@@ -269,13 +271,8 @@ class Handle:
     def _plan(self, mixtures: Sequence[Mapping[str, float]] | None, index: torch.Tensor | None, copies: int) -> Plan:
         assembly = self._assembly
 
-        def make() -> tuple[Mixture, dict[str, Any]]:
-            mixture = Mixture(self._table(mixtures or ()), index)
-            ways = {
-                layer.name: mixture.way(layer, layer.kind == "linear" and not layer.gated)
-                for layer in assembly.live_layers()
-            }
-            return mixture, ways
+        def make() -> Mixture:
+            return Mixture(self._table(mixtures or ()), index, assembly.layouts())
 
         return Plan(assembly.passes.number, assembly.passes.holders, mixtures, make, index, copies)
 
@@ -289,13 +286,21 @@ class Handle:
             raise UnknownNameError(f"no adapter is named {said}; attached are {', '.join(self.names)}{near}")
         for scale in [scale for mixture in mixtures for scale in mixture.values()]:
             _checked(scale)
+        self._refuse_without_rows()
+        rows = [[mixture.get(name, 0.0) for name in self.names] for mixture in mixtures]
+        return torch.tensor(rows, dtype=torch.float32).reshape(len(mixtures), len(self.names))
+
+    def _refuse_without_rows(self) -> None:
+        """UnsupportedError that lists what has no row; looked for once after adapters came or went."""
+        version = self._assembly.passes.version
+        if self._fit == version:
+            return
         problems = Problems("these adapters cannot be mixed by row")
         for n, candidate in enumerate(self._assembly.candidates):
             for why in self._without_rows(n):
                 problems.add(f"{candidate.name}: {why}; remove it from the handle first")
         problems.raise_any(UnsupportedError)
-        rows = [[mixture.get(name, 0.0) for name in self.names] for mixture in mixtures]
-        return torch.tensor(rows, dtype=torch.float32).reshape(len(mixtures), len(self.names))
+        self._fit = version
 
     def _without_rows(self, entry: int) -> list[str]:
         """What of an adapter acts on the whole batch at once."""
@@ -303,8 +308,6 @@ class Handle:
             (layer, slot) for layer in self._assembly.layers.values() for slot in layer.slots if slot.entry == entry
         ]
         found = []
-        if any(slot.dora is not None for _, slot in slots):
-            found.append("it has DoRA magnitudes")
         modules = self._assembly.modules_now()
         for layer, _ in slots:
             path = layer.place.name.rpartition(".")[0].rpartition(".")[0]
@@ -313,8 +316,6 @@ class Handle:
         found = list(dict.fromkeys(found))
         if any(isinstance(layer, LiveParameter) for layer, _ in slots):
             found.append("it changes experts or bare parameters, whose tokens are no longer in rows")
-        if any(not slot.finite and layer.kind in ("embedding", "conv") for layer, slot in slots):
-            found.append("it has NaN or Inf in an embedding or a convolution, which rows cannot be kept apart from")
         found += sorted({f"it has {patch.what}" for patch in self._assembly.patches[entry]})
         return found
 

@@ -15,9 +15,18 @@ from lorastack.torch.activation import mask
 from lorastack.torch.factors import Factors
 from lorastack.torch.passes import CURRENT, Pass, Passes, eager, not_pickled
 from lorastack.torch.places import Place
+from lorastack.torch.pool import PAGE, Pool
+from lorastack.torch.prepared import Slot
+from lorastack.torch.rows import product_type
+from lorastack.torch.tiles import Layout
+from lorastack.torch.ways import Way
+from lorastack.torch.ways.dense import DENSE
+from lorastack.torch.ways.each import EACH
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+#: Up to so many ranks all rows share two products; beyond, on a CPU, each has its own.
+DENSE_RANKS = 2 * PAGE
 
 
 class LiveLayer(Factors):
@@ -37,6 +46,11 @@ class LiveLayer(Factors):
         self.time_first = False
         self.embed_scale = getattr(place.module, "embed_scale", None) if place.kind == "embedding" else None
         self._handle: Any = None
+        #: By row: the factors in pages, made when rows are first asked for, where adapters lie, and how it is computed;
+        #: without pages and a way, adapter after adapter.
+        self.pool: Any = None
+        self.layout: Any = None
+        self.way: Way | None = None
 
     def __deepcopy__(self, memo: Any) -> LiveLayer:
         return self  # a copy of an attached model has what the model has, until it is detached
@@ -86,12 +100,10 @@ class LiveLayer(Factors):
         if self.gated:
             return self._acting(running, x, output)
         if running.mixture is not None:
-            way = running.ways[self.name]
             if self.time_first:
                 turned = x.transpose(0, 1), output.transpose(0, 1)
-                added: torch.Tensor = running.mixture.add_linear(way, running, *turned, False)
-                return added.transpose(0, 1)
-            return running.mixture.add_linear(way, running, x, output, self.may_add_in_place(output))
+                return self._by_row(running, *turned, False).transpose(0, 1)
+            return self._by_row(running, x, output, self.may_add_in_place(output))
         if self.in_order:
             return self._one_by_one(x, output, lambda t, a: F.linear(t, a), lambda t, b: F.linear(t, b))
         h = F.linear(x, self.a) * self.s
@@ -104,24 +116,67 @@ class LiveLayer(Factors):
             return self._biased(output)
         return self._biased(torch.addmm(flat, h, self.b.t()).view(output.shape))
 
+    def _by_row(self, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
+        way = self.way
+        if way is EACH and (torch.compiler.is_compiling() or (torch.is_grad_enabled() and output.requires_grad)):
+            way = None if self.in_order else DENSE
+        if way is None:
+            return self._one_by_one(x, output, F.linear, F.linear, running)
+        added = way.add(self, running, x, output, in_place)
+        for slot in self.slots:
+            if slot.bias is not None:
+                scale = running.mixture.spread(self.layout, slot.entry, running, added, True)
+                added = added + torch.where(scale != 0, scale * slot.bias, 0).to(added.dtype)
+        return added
+
+    def lay_out(self, known: dict[Any, Layout]) -> None:
+        """Put what came or went since into the pages, and see which of the known layouts this is, or add one."""
+        by_page = self.kind == "linear" and not self.gated and all(slot.dora is None for slot in self.slots)
+        device = self.a.device
+        dtype = product_type(self.dtype, device) if by_page else self.dtype
+        if by_page:
+            self.pool = self.pool or Pool(self.a.shape[1], self.b.shape[0], dtype, device)
+            self.pool.keep(self.slots, self.a, self.b)
+            firsts = [self.pool.first_page(slot.key) * PAGE for slot in self.slots]
+            total = self.pool.used * PAGE
+        else:
+            self.pool = None
+            firsts = [sum(slot.rank for slot in self.slots[:n]) for n in range(len(self.slots))]
+            total = self.rank
+        spans = {slot.entry: (at, slot.rank, slot.scaling) for slot, at in zip(self.slots, firsts, strict=True)}
+        key = (tuple(spans.items()), total, dtype, device)
+        if key not in known:
+            known[key] = Layout(spans, total, dtype, device)
+        self.layout = known[key]
+        self.way = self._way(total) if by_page else None
+
+    def _way(self, total: int) -> Way | None:
+        if self.a.device.type == "cpu" and (total > DENSE_RANKS or self.in_order):
+            return EACH
+        return None if self.in_order else DENSE
+
     def _acting(self, running: Pass, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Adapter after adapter, each where it acts."""
         h = F.linear(x, self.a)
-        if running.mixture is None:
-            h = h * self.s
-        else:
-            h = running.mixture.scale(running.ways[self.name], running, h, x)
+        h = h * self.s if running.mixture is None else running.mixture.masked(self.layout, running, h, x, self.name)
         result, start = output.to(h.dtype), 0
         for slot in self.slots:
             stop = start + slot.rank
             y = F.linear(h[..., start:stop], self.b[:, start:stop])
             if slot.bias is not None:
-                y = y + self.s[start] * slot.bias
+                y = y + self._multiplier(slot, start, running, y) * slot.bias
             if slot.tokens is not None:
                 y = torch.where(mask(running.acting[slot.entry], y), y, 0)
             result = result + y
             start = stop
         return result.to(output.dtype)
+
+    def _multiplier(self, slot: Slot, start: int, running: Pass | None, like: torch.Tensor) -> torch.Tensor:
+        """Scale times scaling of an adapter: the stack's, or each row's own."""
+        if running is None or running.mixture is None:
+            return self.s[start]
+        made: torch.Tensor = running.mixture.spread(self.layout, slot.entry, running, like, self.kind != "conv")
+        return made
 
     def may_add_in_place(self, output: torch.Tensor) -> bool:
         """Whether the output is a fresh tensor that nobody else has seen, which saves a copy of it."""
@@ -132,19 +187,23 @@ class LiveLayer(Factors):
 
     def _embedding(self, running: Pass, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         # F.embedding wants rows by token; A is kept [R, vocabulary], so the columns are picked instead.
-        if self.in_order and running.mixture is None:
-            return self._one_by_one(ids, output, self._rows_of, self._widened)
-        h = self._rows_of(ids, self.a)
-        if running.mixture is None:
-            h = h * self.s
-        elif self.time_first:
-            h = running.mixture.scale(running.ways[self.name], running, h.transpose(0, 1), h).transpose(0, 1)
-        else:
+        if running.mixture is not None:
+            if self.time_first:
+                ids, output = ids.transpose(0, 1), output.transpose(0, 1)
             if running.is_shared(ids):  # positions, looked up once: the rows differ in what comes of them
-                h = h.expand(running.rows, *h.shape[-2:])
-            h = running.mixture.scale(running.ways[self.name], running, h, h)
-        y = self._widened(h, self.b)
-        return (output.to(y.dtype) + y).to(output.dtype)
+                ids, output = ids.expand(running.rows, ids.shape[-1]), output.expand(running.rows, *output.shape[-2:])
+        if self.in_order:
+            added = self._one_by_one(ids, output, self._rows_of, self._widened, running)
+        else:
+            h = self._rows_of(ids, self.a)
+            h = h * self.s if running.mixture is None else self._masked(running, h)
+            y = self._widened(h, self.b)
+            added = (output.to(y.dtype) + y).to(output.dtype)
+        return added.transpose(0, 1) if running.mixture is not None and self.time_first else added
+
+    def _masked(self, running: Pass, h: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = running.mixture.masked(self.layout, running, h, h, self.name)
+        return made
 
     @staticmethod
     def _rows_of(ids: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -166,36 +225,46 @@ class LiveLayer(Factors):
             return conv(t, a, None, module.stride, padding, module.dilation)
 
         conv: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
-        if self.in_order and running.mixture is None:
-            return self._one_by_one(x, output, shrink, conv)
+        if self.in_order:
+            return self._one_by_one(x, output, shrink, conv, running)
         h = shrink(x, self.a)
         channels = 1 if h.dim() == len(module.kernel_size) + 2 else 0
         last = h.movedim(channels, -1)
-        if running.mixture is None:
-            last = last * self.s
-        else:
-            last = running.mixture.scale(running.ways[self.name], running, last, last)
+        last = last * self.s if running.mixture is None else self._masked(running, last)
         y = conv(last.movedim(-1, channels).contiguous(), self.b)
+        like_channels = (-1, *[1] * len(module.kernel_size))
         if running.mixture is not None:
-            y = running.mixture.with_bias(running.ways[self.name], y.movedim(channels, -1)).movedim(-1, channels)
+            for slot in self.slots:
+                if slot.bias is not None:
+                    y = y + self._multiplier(slot, 0, running, y) * slot.bias.view(like_channels)
         elif self.bias is not None:
-            y = y + self.bias.view(-1, *[1] * len(module.kernel_size))
+            y = y + self.bias.view(like_channels)
         return (output.to(y.dtype) + y).to(output.dtype)
 
-    def _one_by_one(self, x: torch.Tensor, output: torch.Tensor, shrink: Any, expand: Any) -> torch.Tensor:
-        """Adapter after adapter, in the order pushed, as PEFT does: DoRA rescales what came before it."""
+    def _one_by_one(
+        self, x: torch.Tensor, output: torch.Tensor, shrink: Any, expand: Any, running: Pass | None = None
+    ) -> torch.Tensor:
+        """Adapter after adapter, in the order pushed, as PEFT does: DoRA rescales what came before it.
+
+        By row the multipliers are a column, and a row that has none of an adapter is left as it is.
+        """
         result = output.to(self.dtype)
+        by_row = running is not None and running.mixture is not None
         start = 0
         for slot in self.slots:
             stop = start + slot.rank
-            if not slot.finite and float(self.s[start]) == 0:
+            if not by_row and not slot.finite and float(self.s[start]) == 0:
                 start = stop
                 continue
             y = expand(shrink(x, self.a[start:stop]), self.b[:, start:stop].contiguous())
-            scaled = self.s[start]
-            result = result + (slot.dora.change(result, y, slot.scaling, scaled) if slot.dora else scaled * y)
+            scaled = self._multiplier(slot, start, running, result)
+            change = slot.dora.change(result, y, slot.scaling, scaled) if slot.dora else scaled * y
+            if by_row and slot.bias is not None:
+                trailing = [1] * (result.dim() - 2) if self.kind == "conv" else []
+                change = change + scaled * slot.bias.view(-1, *trailing)
+            result = result + (torch.where(scaled != 0, change, 0) if by_row else change)
             start = stop
-        return self._biased(result).to(output.dtype)
+        return (result if by_row else self._biased(result)).to(output.dtype)
 
     @property
     def needs_refresh(self) -> bool:

@@ -32,7 +32,7 @@ _OURS = str(Path(__file__).parent)
 class Pass:
     """One forward pass of one handle, in one thread."""
 
-    __slots__ = tuple("acting entry frame length logits mixture number outer rows thread uneven ways".split())
+    __slots__ = tuple("acting entry frame length logits mixture number outer rows thread uneven".split())
 
     def __init__(self, number: int, entry: Any) -> None:
         #: Of the handle: compiled code compares numbers, which it may keep as constants.
@@ -42,9 +42,8 @@ class Pass:
         #: What called the entry. Held itself, since the place in memory of one that is gone may be another's by now.
         self.frame: FrameType | None = None
         self.outer: Pass | None = None
-        #: The scales by row, what they made of each layer's factors, and the rows of the batch; None without rows.
+        #: The scales by row and what they come to, and the rows of the batch; None without rows.
         self.mixture: Any = None
-        self.ways: dict[str, Any] = {}
         self.rows = 0
         #: Tokens of a row at the entry, and whether the rows have pictures of several sizes.
         self.length = 0
@@ -118,7 +117,7 @@ class Passes:
             self._live.add(new)
         try:
             if plan is not None and plan.mixtures is not None:
-                new.mixture, new.ways = plan.made(self.version)
+                new.mixture = plan.made(self.version)
                 batch, new.length = batch_of(args, kwargs)
                 new.rows = plan.check_batch(batch)
                 new.uneven = is_uneven(kwargs, new.rows)

@@ -46,7 +46,7 @@ class Plan:
     mixtures
         One mapping of adapter name to scale for each row; None for the stack's own scales.
     make
-        () -> what the rows are computed with, and by layer.
+        () -> what the rows are computed with.
     index
         Packed input: the row of every token, ``[tokens]``.
     copies
@@ -58,20 +58,20 @@ class Plan:
         number: int,
         holders: set[Any],
         mixtures: Sequence[Mapping[str, float]] | None,
-        make: Callable[[], tuple[Any, dict[str, Any]]] | None = None,
+        make: Callable[[], Any] | None = None,
         index: torch.Tensor | None = None,
         copies: int = 1,
     ) -> None:
         self.number, self.mixtures, self.index, self.copies = number, mixtures, index, copies
         self._holders, self._make = holders, make
-        self._made: tuple[int, Any, dict[str, Any]] | None = None
+        self._made: tuple[int, Any] | None = None
 
-    def made(self, version: int) -> tuple[Any, dict[str, Any]]:
-        """What the rows are computed with, and by layer; made once for each set of attached adapters."""
+    def made(self, version: int) -> Any:
+        """What the rows are computed with; made once for each set of attached adapters."""
         if self._made is None or self._made[0] != version:
             assert self._make is not None
-            self._made = (version, *self._make())
-        return self._made[1], self._made[2]
+            self._made = (version, self._make())
+        return self._made[1]
 
     def check_batch(self, batch: int | None) -> int:
         """The rows of the batch; ShapeError when they are not those of the plan."""

@@ -36,3 +36,5 @@ class Slot(NamedTuple):
     bias: torch.Tensor | None
     finite: bool = True
     tokens: tuple[int, ...] | None = None
+    #: What tells it from all others at its layer, wherever it stands on the stack.
+    key: int = 0

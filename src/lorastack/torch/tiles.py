@@ -1,0 +1,120 @@
+"""What a batch's mixtures come to where adapters lie in a given way: multipliers by rank, and runs of rows.
+
+Made on the host once for each composition and `Layout`, of which layers alike share one; no layer makes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+#: Entry -> its scale, in the order of the stack; for one row.
+Wanted = Sequence[tuple[int, float]]
+#: (row, first rank, ranks, multiplier): an adapter of a row.
+Pair = tuple[int, int, int, float]
+
+
+class Layout:
+    """Where each adapter's ranks lie in a layer's factors. Layers with the same one share it, and compare by identity.
+
+    Parameters
+    ----------
+    spans
+        Entry -> the first rank, the ranks and the scaling; without the adapters that leave the layer alone.
+    total
+        Ranks of the factors, those between the spans included.
+    """
+
+    def __init__(
+        self,
+        spans: Mapping[int, tuple[int, int, float]],
+        total: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.spans, self.total, self.dtype, self.device = spans, total, dtype, device
+        owner, scaling = torch.zeros(total, dtype=torch.long), torch.zeros(total)
+        for entry, (first, rank, own) in spans.items():
+            owner[first : first + rank] = entry
+            scaling[first : first + rank] = own  # and 0 for ranks that are nobody's
+        self._owner, self._scaling = owner, scaling
+
+    def scales(self, table: torch.Tensor) -> torch.Tensor:
+        """``[rows, total]``: each row's multiplier of each rank, of a table ``[rows, adapters]``."""
+        return (table[:, self._owner] * self._scaling).to(self.device, self.dtype)
+
+    def by_entry(self, table: torch.Tensor) -> torch.Tensor:
+        """``[rows, adapters]``: each row's multiplier of each adapter, 0 for one that leaves the layer alone."""
+        each = torch.tensor([self.spans[n][2] if n in self.spans else 0.0 for n in range(table.shape[1])])
+        return (table * each).to(self.device, self.dtype)
+
+
+class Run(NamedTuple):
+    """Rows that follow each other, whose adapters lie at equal distances: one product for all of them."""
+
+    row: int
+    rows: int
+    first: int
+    step: int
+    rank: int
+    #: ``[rows, 1, 1]``.
+    scales: torch.Tensor
+
+
+class Tiles(NamedTuple):
+    """A composition at one layout."""
+
+    #: For rows of one token, in the order of each row's adapters: first its first, then its second, ...
+    runs: list[Run]
+    #: For rows of several tokens.
+    pairs: list[Pair]
+    #: ``[rows, total]``, and where it is not 0.
+    scales: torch.Tensor
+    mask: torch.Tensor
+    #: ``[rows, adapters]``.
+    by_entry: torch.Tensor
+
+
+def tiles_of(layout: Layout, wanted: Sequence[Wanted], table: torch.Tensor) -> Tiles:
+    """What the rows of a batch want, at this layout."""
+    spans = layout.spans
+    each = [
+        [(row, span[0], span[1], scale * span[2]) for entry, scale in mine if (span := spans.get(entry)) is not None]
+        for row, mine in enumerate(wanted)
+    ]
+    pairs = [pair for mine in each for pair in mine]
+    scales = layout.scales(table)
+    return Tiles(_runs(each, layout), pairs, scales, scales != 0, layout.by_entry(table))
+
+
+def _runs(each: Sequence[Sequence[Pair]], layout: Layout) -> list[Run]:
+    """As few products as rows that follow each other allow.
+
+    A product of many matrices computes each of them as it does one, so that a run's length is not seen in its rows.
+    """
+    found: list[list[Pair]] = []
+    for level in range(max(map(len, each), default=0)):
+        open_run: list[Pair] = []
+        for pair in [mine[level] for mine in each if len(mine) > level]:
+            if open_run and _goes_on(open_run, pair):
+                open_run.append(pair)
+            else:
+                open_run = [pair]
+                found.append(open_run)
+    flat = torch.tensor([pair[3] for run in found for pair in run], dtype=torch.float64).to(layout.device, layout.dtype)
+    runs, at = [], 0
+    for run in found:
+        row, first, rank, _ = run[0]
+        step = run[1][1] - first if len(run) > 1 else 0
+        runs.append(Run(row, len(run), first, step, rank, flat[at : at + len(run)].view(-1, 1, 1)))
+        at += len(run)
+    return runs
+
+
+def _goes_on(run: list[Pair], pair: Pair) -> bool:
+    row, first, rank, _ = run[-1]
+    distance = pair[1] - first
+    as_before = len(run) == 1 or distance == first - run[-2][1]
+    return pair[0] == row + 1 and pair[2] == rank and distance >= 0 and as_before

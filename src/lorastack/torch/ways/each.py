@@ -1,0 +1,94 @@
+"""Each: every row is multiplied with its own adapters' pages where they lie, and meets no others. For CPUs.
+
+Nothing is copied or gathered. Rows of one token that follow each other, and whose adapters lie at equal distances (each
+row the next adapter, or all the same), are one product of many matrices, which is a view of the pages. Rows of several
+tokens are a product each: a thread's part of a product of many matrices depends on how many there are.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from lorastack.torch.passes import Pass
+from lorastack.torch.rows import Mixture
+from lorastack.torch.tiles import Pair
+from lorastack.torch.ways import Layer
+
+
+class Each:
+    """Products of each row's own."""
+
+    def add(self, layer: Layer, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
+        mixture: Mixture = running.mixture
+        pool = layer.pool
+        a, b = pool.a.view(-1, pool.a.shape[2]), pool.b.view(-1, pool.b.shape[2])
+        if mixture.index is None:
+            mixture.check(running, x, layer.name)
+        wide_x = _widened(x, a.dtype, "x")
+        fresh = output if in_place else output.clone()
+        wide = _widened(fresh, b.dtype, "output")
+        tokens = x.numel() // x.shape[-1]
+        if mixture.index is None and tokens == mixture.rows:
+            _one_token_each(mixture, layer, wide_x.reshape(tokens, 1, -1), wide.view(tokens, 1, -1), a, b)
+        else:
+            _several(mixture, layer, running, wide_x.reshape(tokens, -1), wide.view(tokens, -1), a, b)
+        if wide is not fresh:
+            fresh.copy_(wide)  # rounded once
+        return fresh
+
+
+def _one_token_each(
+    mixture: Mixture, layer: Layer, x: torch.Tensor, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> None:
+    n_in, n_out = a.shape[1], b.shape[1]
+    for row, rows, first, step, rank, scales in mixture.tiles(layer.layout).runs:
+        # [rows, in, rank] and [rows, rank, out], the same memory for rows of the same adapter
+        own_a = a.as_strided((rows, n_in, rank), (step * n_in, 1, n_in), first * n_in)
+        own_b = b.as_strided((rows, rank, n_out), (step * n_out, n_out, 1), first * n_out)
+        whole = rows == len(out)
+        h = torch.bmm(x if whole else x.narrow(0, row, rows), own_a).mul_(scales)
+        (out if whole else out.narrow(0, row, rows)).baddbmm_(h, own_b)
+
+
+def _several(
+    mixture: Mixture, layer: Layer, running: Pass, x: torch.Tensor, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> None:
+    pairs = mixture.tiles(layer.layout).pairs
+    if mixture.index is None:
+        each = len(out) // mixture.rows
+        work = [(pair[0] * each, each, pair) for pair in pairs]
+    else:
+        own: dict[int, list[Pair]] = {}
+        for pair in pairs:
+            own.setdefault(pair[0], []).append(pair)
+        work = [
+            (at, end - at, pair) for row, at, end in mixture.stretches(running, len(out)) for pair in own.get(row, ())
+        ]
+    for at, tokens, (_, first, rank, multiplier) in work:
+        h = torch.mm(x.narrow(0, at, tokens), a.narrow(0, first, rank).t())
+        out.narrow(0, at, tokens).addmm_(h.mul_(multiplier), b.narrow(0, first, rank))
+
+
+class _Kept(threading.local):
+    """Memory for wider copies, of each thread's own: fresh pages cost more than the products."""
+
+    def __init__(self) -> None:
+        self.by_use: dict[str, torch.Tensor] = {}
+
+
+_KEPT = _Kept()
+
+
+def _widened(t: torch.Tensor, dtype: torch.dtype, use: str) -> torch.Tensor:
+    """``t`` in another type, in memory kept for that."""
+    if t.dtype == dtype:
+        return t
+    kept = _KEPT.by_use.get(use)
+    if kept is None or kept.numel() < t.numel() or kept.dtype != dtype:
+        kept = _KEPT.by_use[use] = torch.empty(t.numel(), dtype=dtype)
+    return kept[: t.numel()].view(t.shape).copy_(t)
+
+
+EACH = Each()
