@@ -55,10 +55,11 @@ class Pool:
             if slot.key not in self._held:
                 new.append((slot, at))
             at += slot.rank
-        self._make_room([-(-slot.rank // PAGE) for slot, _ in new])
+        for slot, _ in new:
+            self._held[slot.key] = self._free(-(-slot.rank // PAGE))
+        self._make_room()
         for slot, at in new:
-            pages = self._free(-(-slot.rank // PAGE))
-            self._held[slot.key] = pages
+            pages = self._held[slot.key]
             first = pages.start * PAGE
             self.a.view(-1, self.a.shape[2])[first : first + slot.rank] = a[at : at + slot.rank]
             self.b.view(-1, self.b.shape[2])[first : first + slot.rank] = b[:, at : at + slot.rank].t()
@@ -72,13 +73,12 @@ class Pool:
             at = pages.stop
         return range(at, at + count)
 
-    def _make_room(self, counts: list[int]) -> None:
-        """Pages for all that come: into gaps, or behind the last."""
-        there, need = self.a.shape[0], self.used + sum(counts)
-        if not counts or need <= there:
+    def _make_room(self) -> None:
+        """Memory for all pages that are somebody's, with room for more, since a copy of all is made each time."""
+        there, need = self.a.shape[0], self.used
+        if need <= there:
             return
-        if any(self._held.values()):  # room for more, since a copy of all is made each time
-            need = max(need, there + there // 2)
+        need = max(need, there + there // 2)
         for name in ("a", "b"):
             old = getattr(self, name)
             grown = old.new_zeros((need, *old.shape[1:]))
