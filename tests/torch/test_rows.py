@@ -237,3 +237,39 @@ def test_what_has_no_row_is_an_error_that_says_so(tmp_path: Path, config: dict, 
             enter(handle, [{"plain": 1.0}, {}])
         handle.remove("odd")
         enter(handle, [{"plain": 1.0}, {}])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "convnet"])
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}])
+def test_dora_and_biases_of_lora_b_by_row(name: str, config: dict, tmp_path: Path) -> None:
+    from tests.torch.tiny import ARCHITECTURES
+
+    model = make_model(name)
+    targets = ARCHITECTURES[name][1]
+    said = [{**config, "r": 2}, {"r": 5}, {**config, "r": 3, "target_modules": targets[:2]}]
+    three = [
+        LoadedLora.load(save_adapter(model, tmp_path / f"a{n}", seed=n, **({"target_modules": targets} | one)))
+        for n, one in enumerate(said)
+    ]
+    inputs = {key: value.repeat(3, *[1] * (value.dim() - 1)) for key, value in ARCHITECTURES[name][2]().items()}
+
+    def out(**given: torch.Tensor) -> torch.Tensor:
+        result = model(**given)
+        return getattr(result, "logits", result)
+
+    for packed in (False, True) if name == "llama" else (False,):
+        with attach(model, LoraStack([(lora, 0.9) for lora in three])) as handle, torch.no_grad():
+            if packed:
+                index = torch.arange(6)
+                ids = inputs["input_ids"][:, :1].reshape(1, 6)
+                mask = torch.where(torch.eye(6) > 0, 0.0, torch.finfo(torch.float32).min)[None, None]
+                with handle.rows(MIXTURES, index=index):
+                    found = out(input_ids=ids, attention_mask=mask, position_ids=torch.zeros_like(ids))[0][:, None]
+            else:
+                with handle.rows(MIXTURES):
+                    found = out(**inputs)
+        for n, mixture in enumerate(MIXTURES):
+            stack = LoraStack([(lora, mixture[lora.name]) for lora in three if lora.name in mixture])
+            row = {key: (value[n : n + 1, :1] if packed else value[n : n + 1]) for key, value in inputs.items()}
+            with attach(model, stack) if stack else contextlib.nullcontext(), torch.no_grad():
+                assert far(found[n : n + 1], out(**row)) < 1e-5, (n, mixture)
