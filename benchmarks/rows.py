@@ -43,10 +43,7 @@ def compositions(rows: int, adapters: int, per_row: int) -> itertools.cycle:
     """Adapter sets that change from step to step."""
     rng = np.random.default_rng(1)
     return itertools.cycle(
-        [
-            [{f"a{n}": 0.5 for n in rng.choice(adapters, per_row, replace=False)} for _ in range(rows)]
-            for _ in range(61)
-        ]
+        [[{f"a{n}": 0.5 for n in rng.choice(adapters, per_row, replace=False)} for _ in range(rows)] for _ in range(61)]
     )
 
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from lorastack import LoadedLora, LoraStack
 from lorastack.errors import UnsupportedError
-from lorastack.torch import attach
+from lorastack.torch import attach, detach
 from tests.models import logits, to_hf_rows
 from tests.torch.tiny import GROUPED, far, tokens
 
@@ -85,11 +85,80 @@ def test_experts_stack_as_the_sum_of_their_updates(tmp_path) -> None:
         assert far(run(model), run(merged)) < 1e-5
 
 
-def test_rows_refuse_experts_with_a_word(tmp_path) -> None:
+def gpt_oss() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = tf.GptOssConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=8)
+    return tf.GptOssForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe, gpt_oss])
+def test_experts_by_row_are_each_row_alone(make, packed: bool, tmp_path: Path) -> None:
+    model = make()
+    up = "gate_up_proj"
+    said = [[f"mlp.experts.{up}", "mlp.experts.down_proj"], ["mlp.experts.down_proj"], [f"mlp.experts.{up}"]]
+    loras = [LoadedLora.load(saved(model, tmp_path / f"a{n}", one, n)) for n, one in enumerate(said)]
+    mixtures = [{"a0": 1.0}, {"a1": 0.5, "a2": -1.5}, {}, {"a0": 0.3, "a1": 0.3, "a2": 0.3}, {"a2": 1.0}]
+    ids = tokens(5, 1 if packed else 6)
+    more = {}
+    if packed:
+        mask = torch.where(torch.eye(5) > 0, 0.0, torch.finfo(torch.float32).min)[None, None]
+        more = {"attention_mask": mask, "position_ids": torch.zeros(1, 5, dtype=torch.long)}
+    with attach(model, LoraStack([(lora, 0.8) for lora in loras])) as handle, torch.no_grad():
+        stacked = run(model)
+        with handle.rows(mixtures, **({"index": range(5)} if packed else {})):
+            found = model(input_ids=ids.view(1, 5) if packed else ids, **more).logits
+        found = found[0][:, None] if packed else found
+        assert torch.equal(run(model), stacked)
+    assert "forward" not in model.model.layers[0].mlp.experts.__dict__
+    for n, mixture in enumerate(mixtures):
+        stack = LoraStack([(lora, mixture[lora.name]) for lora in loras if lora.name in mixture])
+        with attach(model, stack), torch.no_grad():
+            assert far(found[n : n + 1], model(input_ids=ids[n : n + 1]).logits) < 1e-5, n
+
+
+def test_experts_of_a_copy_are_detached_by_themselves(tmp_path: Path) -> None:
     model = mixtral()
+    base = run(model)
+    with attach(model, LoadedLora.load(saved(model, tmp_path / "a", ["mlp.experts.down_proj"], 1))) as handle:
+        twin = copy.deepcopy(model)
+        detach(twin)
+        assert torch.equal(run(twin), base)
+        with torch.no_grad(), handle.rows([{"a": 1.0}, {}]):
+            rows = model(input_ids=tokens(2)).logits
+        assert far(rows[0], base[0]) > 1e-3
+        assert far(rows[1], base[1]) < 1e-6
+    assert torch.equal(run(model), base)
+
+
+@pytest.mark.parametrize("fullgraph", [False])
+def test_compiled_experts_by_row(fullgraph: bool, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model = mixtral()
+    lora = LoadedLora.load(saved(model, tmp_path / "a", ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"], 1))
+    live = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    run(live)
+    with warnings.catch_warnings(), attach(live, lora) as handle, torch.no_grad():
+        warnings.simplefilter("ignore")
+        for mixtures in ([{"a": 1.0}, {}], [{}, {"a": -0.5}]):
+            with handle.rows(mixtures):
+                assert far(live(input_ids=tokens(2)).logits, model(input_ids=tokens(2)).logits) < 1e-5
+
+
+def test_rows_refuse_experts_of_unknown_code_with_a_word() -> None:
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down_proj = torch.nn.Parameter(torch.randn(2, 4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.down_proj[0]
+
+    model = torch.nn.ModuleDict({"experts": Experts()})
+    lora = LoadedLora.from_tensors({"experts.down_proj": (np.ones((2, 1, 4)), np.ones((2, 4, 1)))}, name="a")
     with (
-        attach(model, LoadedLora.load(saved(model, tmp_path / "a", ["mlp.experts.down_proj"], 1))) as handle,
-        pytest.raises(UnsupportedError, match="a: it changes experts"),
+        attach(model, lora) as handle,
+        pytest.raises(UnsupportedError, match="a: it changes down_proj of Experts, whose code is not known to keep"),
         handle.rows([{"a": 1.0}, {}]),
     ):
         pass

@@ -98,8 +98,9 @@ class Assembly:
         with self._laying:
             if self._laid is None or self._laid[0] != self.passes.version:
                 known: dict[Any, Layout] = {}
-                for layer in self.live_layers():
-                    layer.lay_out(known)
+                for layer in self.layers.values():
+                    if isinstance(layer, LiveLayer) or layer.without_rows() is None:
+                        layer.lay_out(known)
                 self._laid = (self.passes.version, tuple(known.values()))
             return self._laid[1]
 
@@ -260,7 +261,7 @@ class Assembly:
     def _layer_for(self, part: Prepared) -> Live:
         dtype = self.dtype or part.place.dtype
         if part.place.kind == "parameter":
-            return LiveParameter(part.place, dtype)
+            return LiveParameter(part.place, dtype, self.passes.number)
         return LiveLayer(part.place, dtype, self.passes)
 
     def _put_on(

@@ -13,6 +13,7 @@ from lorastack.core.adapter import LoadedLora, LoraAdapter
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError
 from lorastack.torch.entry import Entry
+from lorastack.torch.experts_by_row import ExpertsByRow
 from lorastack.torch.handle import ATTACHED, Handle
 from lorastack.torch.layer import LiveLayer
 from lorastack.torch.parts import as_module, roots_of
@@ -141,6 +142,12 @@ def detach(model: Any) -> None:
                     every.pop(key, None)
         for name in [name for name, value in module.__dict__.items() if isinstance(value, LoraWeight)]:
             del module.__dict__[name]
+        there = module.__dict__.get("forward")
+        if isinstance(there, ExpertsByRow):
+            if there.module is module:
+                there.take_off()
+            else:  # a copy has what it is a copy of
+                del module.__dict__["forward"]
 
 
 def _is_ours(hook: object) -> bool:

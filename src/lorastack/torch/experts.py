@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from lorastack.torch.experts_by_row import ExpertsByRow, Update, refusal
 from lorastack.torch.places import Place
 from lorastack.torch.prepared import Prepared, Slot
+from lorastack.torch.tiles import Layout
 from lorastack.torch.weight import LoraWeight
 
 #: Products by groups ask for rows of 16 bytes.
@@ -24,8 +26,9 @@ class LiveParameter:
 
     kind = "parameter"
 
-    def __init__(self, place: Place, dtype: torch.dtype) -> None:
+    def __init__(self, place: Place, dtype: torch.dtype, number: int) -> None:
         self.place = place
+        self.number = number
         self.dtype = dtype
         self.slots: list[Slot] = []
         self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -54,7 +57,40 @@ class LiveParameter:
 
     def attach(self) -> None:
         self._shown = True
+        if self.without_rows() is None:
+            self._by_row().updates.setdefault(self.place.parameter, None)
         self.refresh()
+
+    def without_rows(self) -> str | None:
+        """Why the rows of its tokens cannot be told apart; None where they can."""
+        if any(not slot.finite for slot in self.slots):
+            return f"it has NaN or Inf in {self.place.name}, which rows cannot be kept apart from"
+        return refusal(self.place.module, self.place.parameter)
+
+    def _by_row(self) -> ExpertsByRow:
+        there = self.place.module.__dict__.get("forward")
+        return there if isinstance(there, ExpertsByRow) else ExpertsByRow(self.place.module, self.number)
+
+    def lay_out(self, known: dict[Any, Layout]) -> None:
+        """Have the module compute with these adapters by row, and see which of the known layouts this is."""
+        left, right = self._factors([part[1] for part in self._parts])
+        firsts = [sum(slot.rank for slot in self.slots[:n]) for n in range(len(self.slots))]
+        spans = {slot.entry: (at, slot.rank, slot.scaling) for slot, at in zip(self.slots, firsts, strict=True)}
+        total, device = left.shape[-1], left.device
+        key = (tuple(spans.items()), total, self.dtype, device)
+        if key not in known:
+            known[key] = Layout(spans, total, self.dtype, device)
+        module: Any = self.place.module
+        a, b = (left, right) if module.is_transposed else (right.mT, left.mT)
+        self._by_row().updates[self.place.parameter] = Update(a, b, known[key], self)
+
+    def _factors(self, bs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """``left [..., rows, R]`` and ``right [..., R, columns]`` of all adapters, as the model keeps the parameter."""
+        a, b = torch.cat([part[0] for part in self._parts], -2), torch.cat(bs, -1)
+        if pad := -self.rank % _PAD:
+            a, b = F.pad(a, (0, 0, 0, pad)), F.pad(b, (0, pad))
+        turned = self.place.turned(b.shape[-2], a.shape[-1])
+        return (a.transpose(-1, -2), b.transpose(-1, -2)) if turned else (b, a)
 
     attach_again = attach
 
@@ -87,13 +123,14 @@ class LiveParameter:
         for (_, b), slot in zip(self._parts, self.slots, strict=True):
             folded.append(b * self.s[start : start + slot.rank])
             start += slot.rank
-        a, b = torch.cat([part[0] for part in self._parts], -2), torch.cat(folded, -1)
-        if pad := -self.rank % _PAD:
-            a, b = F.pad(a, (0, 0, 0, pad)), F.pad(b, (0, pad))
-        turned = self.place.turned(b.shape[-2], a.shape[-1])
-        left, right = (a.transpose(-1, -2), b.transpose(-1, -2)) if turned else (b, a)
+        left, right = self._factors(folded)
         self.place.module.__dict__[self.place.parameter] = LoraWeight.of(weight, left, right, self)
 
     def detach(self) -> None:
         self._shown = False
         self.place.module.__dict__.pop(self.place.parameter, None)
+        there = self.place.module.__dict__.get("forward")
+        if isinstance(there, ExpertsByRow):
+            there.updates.pop(self.place.parameter, None)
+            if not there.updates:
+                there.take_off()

@@ -314,8 +314,9 @@ class Handle:
             if why := without_rows(layer.place.name, modules.get(path)):
                 found.append(why)
         found = list(dict.fromkeys(found))
-        if any(isinstance(layer, LiveParameter) for layer, _ in slots):
-            found.append("it changes experts or bare parameters, whose tokens are no longer in rows")
+        found += dict.fromkeys(
+            why for layer, _ in slots if isinstance(layer, LiveParameter) and (why := layer.without_rows())
+        )
         found += sorted({f"it has {patch.what}" for patch in self._assembly.patches[entry]})
         return found
 
