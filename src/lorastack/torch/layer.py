@@ -22,6 +22,7 @@ from lorastack.torch.tiles import Layout
 from lorastack.torch.ways import Way
 from lorastack.torch.ways.dense import DENSE
 from lorastack.torch.ways.each import EACH
+from lorastack.torch.ways.pages import PAGES, there_is_triton
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -118,7 +119,9 @@ class LiveLayer(Factors):
 
     def _by_row(self, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
         way = self.way
-        if way is EACH and (torch.compiler.is_compiling() or (torch.is_grad_enabled() and output.requires_grad)):
+        if way in (EACH, PAGES) and (
+            torch.compiler.is_compiling() or (torch.is_grad_enabled() and output.requires_grad)
+        ):
             way = None if self.in_order else DENSE
         if way is None:
             return self._one_by_one(x, output, F.linear, F.linear, running)
@@ -153,6 +156,8 @@ class LiveLayer(Factors):
     def _way(self, total: int) -> Way | None:
         if self.a.device.type == "cpu" and (total > DENSE_RANKS or self.in_order):
             return EACH
+        if self.a.device.type == "cuda" and there_is_triton() and self.dtype.itemsize <= 4:
+            return PAGES
         return None if self.in_order else DENSE
 
     def _acting(self, running: Pass, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from lorastack.errors import ShapeError
@@ -14,6 +15,7 @@ from lorastack.torch.layout import sees_pictures
 from lorastack.torch.passes import Pass
 from lorastack.torch.plan import rows_of_layer
 from lorastack.torch.tiles import Layout, Tiles, tiles_of
+from lorastack.torch.ways.board import Board, Numbers
 
 
 class Mixture:
@@ -32,12 +34,43 @@ class Mixture:
         self.index = index
         self.rows = table.shape[0]
         wanted = [[(n, scale) for n, scale in enumerate(row) if scale != 0] for row in table.tolist()]
+        layouts = tuple(layouts)
+        self._wanted = wanted
         self._tiles = {id(layout): (layout, tiles_of(layout, wanted, table)) for layout in layouts}
+        #: Of the page kernels: the plan's page numbers, and a board for each shape of batch.
+        self._numbers: Numbers | None = None
+        self._boards: dict[int, Board] = {}
         self._stretches: tuple[torch.Tensor, list[tuple[int, int, int]]] | None = None
 
     def tiles(self, layout: Layout) -> Tiles:
         """What the rows want where adapters lie so."""
         return self._tiles[id(layout)][1]
+
+    @property
+    def numbers(self) -> Numbers:
+        """The plan's page numbers."""
+        if self._numbers is None:
+            self._numbers = Numbers.of([layout for layout, _ in self._tiles.values()])
+        return self._numbers
+
+    def pages_of(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's own pages by the plan's numbers, and their scalings."""
+        if layout.pages is None:
+            layout.pages = self.numbers.of_layer(layout)
+        return layout.pages
+
+    def board(self, running: Pass, tokens: int, device: torch.device) -> Board:
+        """The tiles of a layer of so many tokens; written when the first such layer comes."""
+        index = self.index_for(running, tokens)
+        board = self._boards.get(tokens) if index is self.index else None
+        if board is None:
+            spread = np.arange(self.rows).repeat(tokens // self.rows)
+            each = spread if index is None else index.cpu().numpy()
+            board = Board.for_batch(self._wanted, each, self.numbers, device)
+            board.write(self._wanted, each, self.numbers)
+            if index is self.index:
+                self._boards[tokens] = board
+        return board
 
     def index_for(self, running: Pass, tokens: int) -> torch.Tensor | None:
         """Packed input: the row of each of a layer's tokens, all of them or those whose logits are asked for."""

@@ -40,6 +40,8 @@ class Layout:
             owner[first : first + rank] = entry
             scaling[first : first + rank] = own  # and 0 for ranks that are nobody's
         self._owner, self._scaling = owner, scaling
+        #: Of the page kernels: the layer's pages by the plan's numbers, and their scalings.
+        self.pages: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def scales(self, table: torch.Tensor) -> torch.Tensor:
         """``[rows, total]``: each row's multiplier of each rank, of a table ``[rows, adapters]``."""

@@ -27,7 +27,7 @@ class Each:
         if mixture.index is None:
             mixture.check(running, x, layer.name)
         wide_x = _widened(x, a.dtype, "x")
-        fresh = output if in_place else output.clone()
+        fresh = output if in_place else output.clone(memory_format=torch.contiguous_format)
         wide = _widened(fresh, b.dtype, "output")
         tokens = x.numel() // x.shape[-1]
         if mixture.index is None and tokens == mixture.rows:
