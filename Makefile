@@ -52,6 +52,8 @@ bench: $(VENV)/.dev ## Measure against the peers
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python benchmarks/bake.py
 	$(BIN)/python benchmarks/live.py
+	$(BIN)/python benchmarks/rows.py
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python benchmarks/gpu.py; fi
 	$(BIN)/python benchmarks/together.py
 	$(BIN)/python benchmarks/merge.py 2 0.5 1
 

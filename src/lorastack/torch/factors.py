@@ -33,6 +33,7 @@ class Factors:
         self.s = torch.empty(0)
         self.in_order = False  # adapter after adapter instead of all at once: DoRA, or NaN that was let in
         self.gated = False  # an adapter acts from its invocation tokens on only
+        self.biased = False  # an adapter has a bias of lora_B
 
     def add(self, entry: int, part: Prepared) -> None:
         """Put an adapter's factors behind the others'."""
@@ -79,6 +80,7 @@ class Factors:
     def _note_slots(self) -> None:
         self.in_order = any(slot.dora is not None or not slot.finite for slot in self.slots)
         self.gated = any(slot.tokens is not None for slot in self.slots)
+        self.biased = any(slot.bias is not None for slot in self.slots)
 
     def state(self) -> dict[str, object]:
         """What `restore` brings back: numbers beyond the rank may be written meanwhile, those within it are not."""

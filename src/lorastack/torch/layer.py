@@ -103,7 +103,7 @@ class LiveLayer(Factors):
         if running.mixture is not None:
             if self.time_first:
                 turned = x.transpose(0, 1), output.transpose(0, 1)
-                return self._by_row(running, *turned, False).transpose(0, 1)
+                return self._by_row(running, *turned, False).transpose(0, 1).contiguous()
             return self._by_row(running, x, output, self.may_add_in_place(output))
         if self.in_order:
             return self._one_by_one(x, output, lambda t, a: F.linear(t, a), lambda t, b: F.linear(t, b))
@@ -126,7 +126,7 @@ class LiveLayer(Factors):
         if way is None:
             return self._one_by_one(x, output, F.linear, F.linear, running)
         added = way.add(self, running, x, output, in_place)
-        for slot in self.slots:
+        for slot in self.slots if self.biased else ():
             if slot.bias is not None:
                 scale = running.mixture.spread(self.layout, slot.entry, running, added, True)
                 added = added + torch.where(scale != 0, scale * slot.bias, 0).to(added.dtype)
@@ -204,7 +204,7 @@ class LiveLayer(Factors):
             h = h * self.s if running.mixture is None else self._masked(running, h)
             y = self._widened(h, self.b)
             added = (output.to(y.dtype) + y).to(output.dtype)
-        return added.transpose(0, 1) if running.mixture is not None and self.time_first else added
+        return added.transpose(0, 1).contiguous() if running.mixture is not None and self.time_first else added
 
     def _masked(self, running: Pass, h: torch.Tensor) -> torch.Tensor:
         made: torch.Tensor = running.mixture.masked(self.layout, running, h, h, self.name)
@@ -274,7 +274,7 @@ class LiveLayer(Factors):
     @property
     def needs_refresh(self) -> bool:
         """Whether something beside ``s`` follows the scales."""
-        return self.bias is not None or any(slot.bias is not None for slot in self.slots)
+        return self.bias is not None or self.biased
 
     def refresh(self) -> None:
         """The sum of the adapters' lora_B biases at their present scales."""

@@ -31,6 +31,7 @@ class Pool:
         self.a = torch.zeros((0, PAGE, n_in), dtype=dtype, device=device)
         self.b = torch.zeros((0, PAGE, n_out), dtype=dtype, device=device)
         self._held: dict[int, range] = {}
+        self._flatten()
 
     def first_page(self, key: int) -> int:
         """Where an adapter's pages begin."""
@@ -61,8 +62,8 @@ class Pool:
         for slot, at in new:
             pages = self._held[slot.key]
             first = pages.start * PAGE
-            self.a.view(-1, self.a.shape[2])[first : first + slot.rank] = a[at : at + slot.rank]
-            self.b.view(-1, self.b.shape[2])[first : first + slot.rank] = b[:, at : at + slot.rank].t()
+            self.ranks_a[first : first + slot.rank] = a[at : at + slot.rank]
+            self.ranks_b[first : first + slot.rank] = b[:, at : at + slot.rank].t()
 
     def _free(self, count: int) -> range:
         """The first free pages, that many in a row; beyond what there is when there are none."""
@@ -84,6 +85,11 @@ class Pool:
             grown = old.new_zeros((need, *old.shape[1:]))
             grown[:there] = old
             setattr(self, name, grown)
+        self._flatten()
+
+    def _flatten(self) -> None:
+        #: The same memory as one matrix each, ``[ranks, in]`` and ``[ranks, out]``.
+        self.ranks_a, self.ranks_b = self.a.view(-1, self.a.shape[2]), self.b.view(-1, self.b.shape[2])
 
     @property
     def nbytes(self) -> int:

@@ -61,16 +61,16 @@ class Run(NamedTuple):
     first: int
     step: int
     rank: int
-    #: ``[rows, 1, 1]``.
-    scales: torch.Tensor
+    #: ``[rows, 1, 1]``; None where all are 1, by which a product leaves every bit as it is.
+    scales: torch.Tensor | None
 
 
 class Tiles(NamedTuple):
     """A composition at one layout."""
 
-    #: For rows of one token, in the order of each row's adapters: first its first, then its second, ...
+    #: In the order of each row's adapters: first every row's first, then its second, ...
     runs: list[Run]
-    #: For rows of several tokens.
+    #: Adapter by adapter of each row.
     pairs: list[Pair]
     #: ``[rows, total]``, and where it is not 0.
     scales: torch.Tensor
@@ -110,7 +110,8 @@ def _runs(each: Sequence[Sequence[Pair]], layout: Layout) -> list[Run]:
     for run in found:
         row, first, rank, _ = run[0]
         step = run[1][1] - first if len(run) > 1 else 0
-        runs.append(Run(row, len(run), first, step, rank, flat[at : at + len(run)].view(-1, 1, 1)))
+        scales = None if all(pair[3] == 1 for pair in run) else flat[at : at + len(run)].view(-1, 1, 1)
+        runs.append(Run(row, len(run), first, step, rank, scales))
         at += len(run)
     return runs
 

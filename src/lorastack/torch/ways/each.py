@@ -1,8 +1,8 @@
 """Each: every row is multiplied with its own adapters' pages where they lie, and meets no others. For CPUs.
 
-Nothing is copied or gathered. Rows of one token that follow each other, and whose adapters lie at equal distances (each
-row the next adapter, or all the same), are one product of many matrices, which is a view of the pages. Rows of several
-tokens are a product each: a thread's part of a product of many matrices depends on how many there are.
+Nothing is copied or gathered. Rows that follow each other, and whose adapters lie at equal distances (each row the next
+adapter, or all the same), are one product of many matrices, which is a view of the pages. With several threads rows of
+several tokens are a product each: a thread's part of a matrix depends on how many there are.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ class Each:
     def add(self, layer: Layer, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
         mixture: Mixture = running.mixture
         pool = layer.pool
-        a, b = pool.a.view(-1, pool.a.shape[2]), pool.b.view(-1, pool.b.shape[2])
+        a, b = pool.ranks_a, pool.ranks_b
         if mixture.index is None:
             mixture.check(running, x, layer.name)
         wide_x = _widened(x, a.dtype, "x")
         fresh = output if in_place else output.clone(memory_format=torch.contiguous_format)
         wide = _widened(fresh, b.dtype, "output")
         tokens = x.numel() // x.shape[-1]
-        if mixture.index is None and tokens == mixture.rows:
-            _one_token_each(mixture, layer, wide_x.reshape(tokens, 1, -1), wide.view(tokens, 1, -1), a, b)
+        each = tokens // mixture.rows
+        if mixture.index is None and (each == 1 or torch.get_num_threads() == 1):
+            shape = (mixture.rows, each, -1)
+            _together(mixture, layer, wide_x.reshape(shape), wide.view(shape), a, b)
         else:
             _several(mixture, layer, running, wide_x.reshape(tokens, -1), wide.view(tokens, -1), a, b)
         if wide is not fresh:
@@ -39,7 +41,7 @@ class Each:
         return fresh
 
 
-def _one_token_each(
+def _together(
     mixture: Mixture, layer: Layer, x: torch.Tensor, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> None:
     n_in, n_out = a.shape[1], b.shape[1]
@@ -48,7 +50,9 @@ def _one_token_each(
         own_a = a.as_strided((rows, n_in, rank), (step * n_in, 1, n_in), first * n_in)
         own_b = b.as_strided((rows, rank, n_out), (step * n_out, n_out, 1), first * n_out)
         whole = rows == len(out)
-        h = torch.bmm(x if whole else x.narrow(0, row, rows), own_a).mul_(scales)
+        h = torch.bmm(x if whole else x.narrow(0, row, rows), own_a)
+        if scales is not None:
+            h.mul_(scales)
         (out if whole else out.narrow(0, row, rows)).baddbmm_(h, own_b)
 
 

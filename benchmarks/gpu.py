@@ -1,0 +1,306 @@
+"""Mixtures by row on a GPU: each way to compute one weight, and steps of a model, against base, PEFT and bytes.
+
+Run: python benchmarks/gpu.py [--out FOLDER]. Needs CUDA and Triton. ``--rehearse`` runs every part on a CPU at small
+sizes, in Triton's interpreter: its figures say nothing. Every case is checked against float64 before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+REHEARSE = "--rehearse" in sys.argv
+if REHEARSE:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from lorastack import LoadedLora, LoraStack  # noqa: E402
+from lorastack.torch import Handle, attach  # noqa: E402
+from lorastack.torch.layer import LiveLayer  # noqa: E402
+from lorastack.torch.ways import Way  # noqa: E402
+from lorastack.torch.ways.dense import DENSE  # noqa: E402
+from lorastack.torch.ways.pages import PAGES  # noqa: E402
+
+DEVICE = "cpu" if REHEARSE else "cuda"
+DTYPE = torch.float32 if REHEARSE else torch.bfloat16
+RANK = 16
+WAYS: dict[str, Way] = {"pages": PAGES, "dense": DENSE}
+FOUND: list[dict] = []
+
+
+def say(**row: object) -> None:
+    FOUND.append(row)
+    print(json.dumps(row), flush=True)
+
+
+def seconds(call: Callable[[], object], captured: bool = True, rounds: int = 30) -> float:
+    """Median of one call, replayed from a CUDA graph where that is said."""
+    for _ in range(2):
+        call()
+    if DEVICE == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    torch.cuda.synchronize()
+    if captured:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        call = graph.replay
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def bandwidth() -> float:
+    """Bytes a second of a copy of half a GiB."""
+    a = torch.empty(2**16 if REHEARSE else 2**28, dtype=torch.bfloat16, device=DEVICE)
+    b = torch.empty_like(a)
+    return 2 * a.numel() * 2 / seconds(lambda: b.copy_(a))
+
+
+def loras_for(weights: dict[str, tuple[int, int]], count: int) -> list[LoadedLora]:
+    rng = np.random.default_rng(0)
+    made = []
+    for n in range(count):
+        factors = {
+            name: (
+                rng.standard_normal((RANK, n_in), np.float32) / n_in**0.5,
+                rng.standard_normal((n_out, RANK), np.float32) / 8,
+            )
+            for name, (n_out, n_in) in weights.items()
+        }
+        made.append(LoadedLora.from_tensors(factors, name=f"a{n}", naming="hf"))
+    return made
+
+
+def with_way(way: Way) -> None:
+    """Every layer computes its rows so."""
+    LiveLayer._way = lambda self, total: way  # type: ignore[method-assign]
+
+
+def mixtures_of(rows: int, adapters: int, per: int, shift: int = 0) -> list[dict[str, float]]:
+    return [{f"a{(i * 7 + j * 13 + shift) % adapters}": 0.3 + 0.1 * j for j in range(per)} for i in range(rows)]
+
+
+def one_weight(copy: float) -> None:
+    """One square weight: added time of each way, beside the base's product and the bytes of factors that are used."""
+    hidden, many = (64, 2) if REHEARSE else (4096, 24)
+    cases = [
+        (1, 1, 1),
+        (8, 8, 1),
+        (32, 16, 1),
+        (32, 32, 1),
+        (32, 64, 3),
+        (128, 64, 1),
+        (256, 64, 1),
+        (256, 64, 3),
+        (2048, 4, 1),
+    ]
+    for tokens, adapters, per in cases[:3] if REHEARSE else cases:
+        rows = min(tokens, 256)
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(hidden, hidden, bias=False) for _ in range(many)]).to(DEVICE, DTYPE).eval()
+        loras = loras_for({f"{n}.weight": (hidden, hidden) for n in range(many)}, adapters)
+        x = torch.randn(rows, tokens // rows, hidden, device=DEVICE, dtype=DTYPE)
+        mixtures = mixtures_of(rows, adapters, per)
+        base = seconds(lambda m=model, x=x: [layer(x) for layer in m]) / many
+        used = len({name for one in mixtures for name in one})
+        row = {
+            "part": "one weight",
+            "tokens": tokens,
+            "adapters": adapters,
+            "per_row": per,
+            "base_us": round(base * 1e6, 2),
+            "floor_us": round((used * RANK * 2 * hidden * 2 + tokens * hidden * 6) / copy * 1e6, 2),
+        }
+        for name, way in WAYS.items():
+            with_way(way)
+            with attach(model, LoraStack([(lora, 1.0) for lora in loras])) as handle, handle.rows(mixtures):
+                error = error_of(model[0], loras, "0.weight", x, mixtures)
+                run = seconds(lambda m=model, x=x: [layer(x) for layer in m]) / many
+            row |= {f"{name}_us": round((run - base) * 1e6, 2), f"{name}_error": f"{error:.1e}"}
+            assert error < 2e-2, (name, error)
+        say(**row)
+
+
+def error_of(layer: nn.Module, loras: list[LoadedLora], name: str, x: torch.Tensor, mixtures: list) -> float:
+    """Of the first rows' sums in float64, relative to what the adapters add."""
+    found, weight = layer(x).double(), layer.weight.double()
+    worst = 0.0
+    for n in range(0, len(mixtures), max(len(mixtures) // 8, 1)):
+        delta = (
+            sum(
+                (
+                    s * torch.from_numpy(next(lora for lora in loras if lora.name == own).adapters[name].dense())
+                    for own, s in mixtures[n].items()
+                ),
+                torch.zeros(1),
+            )
+            .to(DEVICE)
+            .double()
+        )
+        base, added = x[n].double() @ weight.T, x[n].double() @ delta.T
+        worst = max(worst, float((found[n] - base - added).norm() / (base + added).norm()))
+    return worst
+
+
+def model_of() -> tuple[nn.Module, dict[str, tuple[int, int]]]:
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+        "num_key_value_heads": 2,
+    }
+    large = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 1024,
+    }
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(LlamaConfig(**(small if REHEARSE else large))).to(DTYPE).eval()
+    weights = {
+        f"{path}.weight": tuple(module.weight.shape)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path.startswith("model.layers")
+    }
+    return model, weights
+
+
+def steps() -> None:
+    """A decode step and a prefill of four 8B-shaped layers; a composition that was never seen; PEFT."""
+    model, weights = model_of()
+    for rows, length, adapters, per in [
+        (1, 1, 1, 1),
+        (8, 1, 8, 1),
+        (32, 1, 16, 1),
+        (32, 1, 16, 3),
+        (128, 1, 64, 1),
+        (4, 512, 4, 1),
+    ][: 2 if REHEARSE else None]:
+        ids = torch.randint(3, 64, (rows, length), device=DEVICE)
+
+        def call(ids: torch.Tensor = ids) -> object:
+            return model(ids, use_cache=False).logits
+
+        base, eager = seconds(call), seconds(call, captured=False)
+        loras = loras_for(weights, adapters)
+        row = {
+            "part": "step",
+            "rows": rows,
+            "tokens": length,
+            "adapters": adapters,
+            "per_row": per,
+            "base_ms": round(base * 1e3, 4),
+        }
+        for name, way in WAYS.items():
+            with_way(way)
+            with attach(model, LoraStack([(lora, 1.0) for lora in loras])) as handle:
+                row |= {
+                    f"{name}_{key}": value
+                    for key, value in rows_figures(handle, call, base, eager, rows, adapters, per).items()
+                }
+        say(**row)
+
+
+def rows_figures(
+    handle: Handle, call: Callable, base: float, eager: float, rows: int, adapters: int, per: int
+) -> dict[str, float]:
+    shift = 0
+
+    def new() -> object:
+        nonlocal shift
+        shift += 1
+        with handle.rows(mixtures_of(rows, adapters, per, shift)):
+            return call()
+
+    with handle.rows(mixtures_of(rows, adapters, per)):
+        captured, warm = seconds(call), seconds(call, captured=False)
+    first = seconds(new, captured=False)
+    return {
+        "over_base": round(captured / base, 3),
+        "eager_over_base": round(warm / eager, 3),
+        "new_over_warm": round(first / warm, 3),
+    }
+
+
+def against_peft() -> None:
+    """What rows add to a decode step, of what PEFT's ``adapter_names`` add."""
+    from peft import LoraConfig, get_peft_model
+
+    rows, adapters = (4, 2) if REHEARSE else (32, 16)
+    model, weights = model_of()
+    ids = torch.randint(3, 64, (rows, 1), device=DEVICE)
+    base = seconds(lambda: model(ids, use_cache=False), captured=False)
+    with_way(PAGES)
+    mixtures = [{f"a{n % adapters}": 1.0} for n in range(rows)]
+    with attach(model, LoraStack([(lora, 1.0) for lora in loras_for(weights, adapters)])) as handle:  # noqa: SIM117
+        with handle.rows(mixtures):
+            ours = seconds(lambda: model(ids, use_cache=False), captured=False)
+    targets = sorted({name.split(".")[-2] for name in weights})
+    config = LoraConfig(r=RANK, target_modules=targets, init_lora_weights=False)
+    peft = get_peft_model(model, config, adapter_name="a0")
+    for n in range(1, adapters):
+        peft.add_adapter(f"a{n}", config)
+    names = [next(iter(one)) for one in mixtures]
+    theirs = seconds(lambda: peft.eval()(input_ids=ids, adapter_names=names, use_cache=False), captured=False, rounds=5)
+    say(
+        part="peft",
+        rows=rows,
+        adapters=adapters,
+        ours_over_base=round(ours / base, 3),
+        peft_over_base=round(theirs / base, 3),
+        of_what_peft_adds=round((ours - base) / (theirs - base), 3),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rehearse", action="store_true")
+    said = parser.parse_args()
+    if not REHEARSE and not torch.cuda.is_available():
+        sys.exit("no CUDA device here; --rehearse runs the parts on a CPU, for their errors only")
+    warnings.simplefilter("ignore")
+    with torch.inference_mode():
+        copy = bandwidth()
+        name = "rehearsal on a CPU" if REHEARSE else torch.cuda.get_device_name()
+        say(part="device", name=name, torch=torch.__version__, copy_tb_s=round(copy * 1e-12, 2))
+        one_weight(copy)
+        steps()
+        against_peft()
+    if said.out:
+        (said.out / "gpu.json").write_text(json.dumps(FOUND, indent=1))
+
+
+if __name__ == "__main__":
+    main()
