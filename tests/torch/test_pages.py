@@ -72,6 +72,7 @@ def test_sums_in_splits_and_columns_in_blocks() -> None:
         assert far(model(x).double(), expected(model, loras, x, mixtures)) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_a_neighbours_nan_stays_there_and_a_row_is_the_same_to_the_bit() -> None:
     model, handle, _ = layer()
     bad = {"0.weight": (np.full((2, 24), np.nan, np.float32), np.full((20, 2), np.inf, np.float32))}
