@@ -297,7 +297,7 @@ class Modules:
         size = math.prod(shape)
         if part == "dora_scale" and len(shape) > 1 and shape[0] == 1 and size > 1:
             self.problems.add(
-                f"{where}: tensor {key} is {list(shape)}: a magnitude for each column (wd_on_out=False of LyCORIS), "
+                f"{where}: tensor {key} is {list(shape)}: a magnitude for each column (as LyCORIS can train it), "
                 "which is not read; only one for each row is"
             )
         elif size != out:
