@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow walk fuzz lint types docs bench build clean fixtures-lycoris fixtures-mlx
+.PHONY: help demo test test-slow walk fuzz architectures lint types docs bench build clean fixtures-lycoris fixtures-mlx
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -23,6 +23,9 @@ walk: ## Type what the README shows in a clean clone, as a stranger would
 
 fuzz: $(VENV)/.fuzz ## Look for inputs that break the library (SECONDS=60 in all, TARGET=gguf, SEED=1)
 	$(BIN)/python -m tests.fuzz run --seconds $(or $(SECONDS),60) --seed $(or $(SEED),0) $(TARGET:%=--target %)
+
+architectures: $(VENV)/.dev ## Run llama.cpp's converter on a model of each architecture: tests/fixtures/architectures.json
+	$(BIN)/python -W ignore -m tests.fixtures.make_architectures
 
 # Programs that the package does not need, each in a place of its own; OUT is another folder than the tests'.
 fixtures-lycoris: $(VENV)/.dev ## Write the tests' LyCORIS adapters again, with the real program
@@ -57,7 +60,7 @@ build: $(VENV)/.dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist
 
 clean: ## Remove the environment and everything built
-	rm -rf $(VENV) .fixtures dist site playground fuzz-findings .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .fixtures dist site playground fuzz-findings .mypy_cache .pytest_cache .ruff_cache .hypothesis .llama.cpp
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; run: make PYTHON=python3.12")'

@@ -1,6 +1,7 @@
 """Merging into a synthetic bfloat16 checkpoint, against a cold, synced copy of it; and PEFT on a size it can hold.
 
 Every tensor that is a matrix changes. Run: python benchmarks/merge.py [GIB [GIB_OF_THE_LARGEST [ROUNDS]]]
+MERGEKIT names the Python of an environment that has mergekit, which is asked for the same then.
 """
 
 from __future__ import annotations
@@ -50,6 +51,19 @@ marks = {}
 start = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+end = time.perf_counter()
+"""
+MERGEKITS = """
+import sys, time, json
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+base, adapter, out, _ = sys.argv[1:]
+marks = {}
+start = time.perf_counter()
+said = {"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}], "dtype": "bfloat16"}
+options = MergeOptions(copy_tokenizer=False, lora_merge_cache=out + "-cache")
+run_merge(MergeConfiguration.model_validate(said), out, options)
 end = time.perf_counter()
 """
 TELL = """
@@ -138,13 +152,14 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def child(code: str, base: Path, adapter: Path, out: Path, verify: bool = False) -> dict:
+def child(code: str, base: Path, adapter: Path, out: Path, verify: bool = False, python: str = sys.executable) -> dict:
     forget(base)
-    words = [sys.executable, "-c", code + TELL, str(base), str(adapter), str(out), str(int(verify))]
+    words = [python, "-c", code + TELL, str(base), str(adapter), str(out), str(int(verify))]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
     shutil.rmtree(out)
+    shutil.rmtree(f"{out}-cache", ignore_errors=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -186,7 +201,11 @@ def main() -> None:
         ours = [child(OURS, work / "base", adapter, work / "out") for _ in range(int(rounds))]
         theirs = [child(PEFTS, work / "base", adapter, work / "out") for _ in range(int(rounds))]
         print(f"{gib / 4:.1f} GiB, all matrices but the embedding change")
-        for name, runs in (("ours", ours), ("PEFT merge_and_unload + save_pretrained", theirs)):
+        named = [("ours", ours), ("PEFT merge_and_unload + save_pretrained", theirs)]
+        if mergekit := os.environ.get("MERGEKIT"):
+            runs = [child(MERGEKITS, work / "base", adapter, work / "out", python=mergekit) for _ in range(int(rounds))]
+            named.append(("mergekit passthrough, base+adapter", runs))
+        for name, runs in named:
             peak = max(one["peak"] for one in runs) / 2**20
             print(f"  {name:42} {median(one['seconds'] for one in runs):6.1f} s, VmHWM {peak:.0f} MiB")
 

@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands themselves; with --check only say whether it is up to date."""
+"""Write docs/cli.md from the commands and docs/targets.md from the table; with --check only say whether they are so."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import typer.main
 
 from lorastack.cli.application import app
 from lorastack.cli.help import parts_of
+from lorastack.core.extras import HARMLESS, KINDS
+from lorastack.targets import TARGETS, Target
 
-TARGET = Path(__file__).parent / "cli.md"
+HERE = Path(__file__).parent
 
 
 def reference() -> str:
@@ -39,10 +41,48 @@ def _table(command: click.Command) -> str:
     return "\n".join(rows)
 
 
+def targets() -> str:
+    """The table of formats and programs, and what each cannot hold."""
+    return "\n\n".join([
+        "# What formats and programs hold",
+        "Written by `docs/build_reference.py` from `lorastack.targets`. `lorastack convert` and `bake --for` write "
+        "what a row allows and refuse the rest by name.",
+        *_rows("Formats (`--to`)", [row for row in TARGETS.values() if not row.is_program]),
+        *_rows("Programs (`--for`)", [row for row in TARGETS.values() if row.is_program]),
+        "## What the extras are",
+        "\n".join(f"- `{kind}`: {what}" for kind, what in KINDS.items()),
+    ]) + "\n"  # fmt: skip
+
+
+def _rows(title: str, rows: list[Target]) -> list[str]:
+    table = [
+        "| | reads | updates of | experts | ranks and scalings | extras it honours | refused |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        kinds = ", ".join(kind for kind in ("linear", "conv", "embedding", "experts") if kind in row.kinds)
+        refused = ", ".join(f"`{kind}`" for kind in KINDS if kind not in row.extras and kind not in HARMLESS)
+        held = ", ".join(f"`{kind}`" for kind in KINDS if kind in row.extras)
+        shape = [
+            *(["one scaling"] if row.one_scaling else []),
+            *(["one rank"] if row.one_rank else []),
+            *([f"at most {row.ranks[-1]}"] if row.ranks else []),
+        ]
+        name = row.title if row.title.lower() == row.name else f"{row.title} (`{row.name}`)"
+        experts = row.experts or ("either" if "experts" in row.kinds else "-")
+        table.append(
+            f"| {name} | {row.format} | {kinds} | {experts} "
+            f"| {', '.join(shape) or 'any'} | {held or '-'} | {refused or '-'} |"
+        )
+    return [f"## {title}", "\n".join(table), "\n".join(f"- {row.title}: {row.note}" for row in rows if row.note)]
+
+
+PAGES = {"cli.md": reference, "targets.md": targets}
+
 if __name__ == "__main__":
-    text = reference()
-    if "--check" in sys.argv:
-        if not TARGET.exists() or TARGET.read_text() != text:
-            sys.exit("docs/cli.md is not up to date; run: python docs/build_reference.py")
-    else:
-        TARGET.write_text(text)
+    for name, page in PAGES.items():
+        text, path = page(), HERE / name
+        if "--check" not in sys.argv:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            sys.exit(f"docs/{name} is not up to date; run: python docs/build_reference.py")

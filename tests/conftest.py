@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-#: Scripts of programs that the tests do not need.
-collect_ignore = ["fixtures/make_lycoris.py", "fixtures/make_mlx.py"]
-
 # Models here are tiny: on a busy machine, threads that wait for each other take twenty times as long as one. Set before
 # torch and NumPy are loaded, and for the programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+#: Scripts that other programs run, in environments of their own.
+collect_ignore_glob = ["fixtures/make_*.py"]
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"

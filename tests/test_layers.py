@@ -14,7 +14,8 @@ ORDER = (
     "errors ways decimals pipeline "
     "core.dtypes core.factor core.delta core.kronecker core.lazy core.target core.extras core.patterns core.notebook "
     "core.adapter core.given core.packed core.entry core.stack "
-    "files hub formats base algebra mixture recipe_text recipe inspect merging extracting torch report cli __main__"
+    "files hub formats base algebra mixture recipe_text recipe targets converting inspect "
+    "merging extracting torch report cli __main__"
 ).split()
 #: function -> the lower layers it imports: facades that users expect as methods.
 FACADES = {

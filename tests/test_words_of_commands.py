@@ -67,6 +67,7 @@ def test_every_command_prints_json_and_nothing_else(lorastack: Command) -> None:
         "apply": ["luna", "-t", weight, "-i", "x.npy", "-o", "y.npy"],
         "bake": ["luna", "robot:0.5", "-o", "both", "--rank", "4"],
         "compare": ["luna", "robot"],
+        "convert": ["luna", "for-vllm", "--for", "vllm"],
         "inspect": ["luna"],
         "merge": ["base", "luna", "-o", "merged"],
         "extract": ["merged", "base", "--rank", "8", "-o", "again"],

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorastack.base import convert_names as convert_names
+    from lorastack.base.blocks import block_weights as block_weights
+    from lorastack.converting import convert as convert
     from lorastack.core.adapter import LoadedLora as LoadedLora
     from lorastack.core.adapter import LoraAdapter as LoraAdapter
     from lorastack.core.delta import LoraDelta as LoraDelta
@@ -31,6 +33,8 @@ _HOMES = {
     "LoraStackError": "errors",
     "LoraStackWarning": "errors",
     "TargetModule": "core.target",
+    "block_weights": "base.blocks",
+    "convert": "converting",
     "convert_names": "base",
     "extract": "extracting",
     "load": "recipe",
@@ -47,6 +51,8 @@ __all__ = [  # noqa: PLE0604, RUF100
     "LoraStackError",
     "LoraStackWarning",
     "TargetModule",
+    "block_weights",
+    "convert",
     "convert_names",
     "load",
     "save",

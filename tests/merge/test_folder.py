@@ -405,7 +405,7 @@ def test_verify_finds_bytes_that_another_wrote(tmp_path: Path, monkeypatch: pyte
 def test_errors_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = llama(tmp_path / "base")
     monkeypatch.setattr(
-        "lorastack.merging.folder.Merging.blocks", lambda self: (_ for _ in ()).throw(OSError(28, "full"))
+        "lorastack.files.large.LargeFile.write", lambda self, data: (_ for _ in ()).throw(OSError(28, "full"))
     )
     with pytest.raises(LoraStackError, match="could not be written, nothing was changed"):
         merge(base, adapters(), tmp_path / "out")

@@ -281,7 +281,7 @@ def test_extras_that_do_not_fit_are_said_by_both(family: str, tmp_path: Path) ->
         "a DoRA magnitude": ({"dora": {first: factor(weights[first][0])}}, None),
         "the base's own embedding": ({"base_weight": {embedding: Factor.of(own, "own")}}, None),
         "another embedding": ({"base_weight": {embedding: factor(64, 32)}}, "trained on a changed base"),
-        "invocation tokens": ({"alora": {"invocation_tokens": (1, 2)}}, "alora"),
+        "invocation tokens": ({"alora": {"invocation_tokens": (1, 2)}}, None),
     }  # fmt: skip
     for label, (extras, word) in cases.items():
         said = agree(replace(adapter_for(weights), extras=extras), model, folder)

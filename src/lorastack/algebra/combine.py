@@ -25,11 +25,11 @@ def cat(terms: Sequence[Term], names: Sequence[str], common: float | None = None
     PackedWeight.check(terms, names)
     check_scales(terms, names)
     kept = [(scale * delta.scaling, delta) for scale, delta in terms if scale * delta.scaling != 0]
-    kind = terms[0][1].kind
+    kind, stacked = terms[0][1].kind, terms[0][1].num_experts
     common = common or largest(terms) or 1.0
     if not kept:
         return LoraDelta(*_zeros(terms[0][1]), common, kind)
-    a = _join([(1.0, delta.factors[0]) for _, delta in kept], 1 if kind == "experts" else 0)
+    a = _join([(1.0, delta.factors[0]) for _, delta in kept], 1 if stacked else 0)
     b = _join([(c / common, delta.factors[1]) for c, delta in kept], 1 if kind == "conv" else -1)
     return LoraDelta(a, b, common, kind)
 
@@ -71,7 +71,7 @@ def _join(parts: list[tuple[float, Factor]], axis: int) -> Factor:
 
 def _zeros(delta: LoraDelta) -> tuple[np.ndarray, np.ndarray]:
     """Factors of rank 1 that add nothing, in place of terms whose scale is 0."""
-    axis = 1 if delta.kind == "experts" else 0
+    axis = 1 if delta.num_experts else 0
     a, b = (list(factor.shape) for factor in delta.factors)
     a[axis] = 1
     b[1 if delta.kind == "conv" else -1] = 1

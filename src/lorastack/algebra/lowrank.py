@@ -100,7 +100,7 @@ def narrowed(x: np.ndarray) -> np.ndarray:
 def flat_shape(delta: LoraDelta) -> tuple[int, int, int]:
     """``(matrices, out, in)`` of an update as `matrices` sees it."""
     a, b = (factor.shape for factor in delta.factors)
-    if delta.kind == "experts":
+    if delta.num_experts:
         return a[0], b[1], a[2]
     return 1, b[0], int(np.prod(a[1:]))
 
@@ -128,7 +128,7 @@ def delta_of(parts: Sequence[Matrix], like: LoraDelta, stored: str | None = None
     for n, part in enumerate(parts):
         a[n, : part.rank], b[n, :, : part.rank] = narrowed(part.a), narrowed(part.b)
     shape_a, shape_b = (factor.shape for factor in like.factors)
-    if like.kind != "experts":
+    if not like.num_experts:
         a, b = a.reshape(rank, *shape_a[1:]), b.reshape(out, rank, *shape_b[2:])
     return LoraDelta(_factor(a, "lora_A", stored), _factor(b, "lora_B", stored), 1.0, like.kind)
 

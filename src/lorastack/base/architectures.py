@@ -1,17 +1,18 @@
-"""Architectures whose row order between Hugging Face and GGUF is known, listed one by one.
+"""Architectures whose names and row order between Hugging Face and GGUF are known, listed one by one.
 
-llama.cpp's converter reorders rows of some weights (conversion/*.py there, ``modify_tensors``). An
-adapter converted by the wrong rule loads and answers slightly wrong, so what is not listed is refused.
+llama.cpp's converter reorders rows of some weights, and splits others (conversion/*.py there, ``modify_tensors``). An
+adapter converted by the wrong rule loads and answers slightly wrong, so what is not listed is refused. Every line is
+held against that converter: tests/fixtures/make_architectures.py. The rules themselves: `row_order`, `gguf_experts`,
+`latent`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-import numpy as np
+from typing import Literal, NamedTuple
 
 from lorastack.errors import UnsupportedError
+
+Rows = Literal["keep", "rotary", "fused", "groups"]
 
 
 class Architecture(NamedTuple):
@@ -19,30 +20,88 @@ class Architecture(NamedTuple):
 
     hf: str
     gguf: str
-    #: "keep"; "rotary": rows of q and k interleaved by rotary pair; "fused": rows of a fused qkv by part, not head.
-    rows: str
-    #: Prefix of the model's own weight names, which some files on the hub leave out.
+    #: "keep"; "rotary": rows of q and k interleaved by rotary pair; "fused": rows of a fused qkv by part, not head;
+    #: "groups": rows of a fused qkv by part, not group of heads that share a key.
+    rows: Rows = "keep"
+    #: Prefix of the model's own weight names, which some files on the hub leave out; none where there are several.
     prefix: str = "model"
+    #: How gate and up lie in the parameter of all experts: one half each, or row by row in turn.
+    experts: Literal["halves", "turns"] = "halves"
 
 
 _LISTED = (
     Architecture("LlamaForCausalLM", "llama", "rotary"),
     Architecture("MistralForCausalLM", "llama", "rotary"),
     Architecture("MixtralForCausalLM", "llama", "rotary"),
-    Architecture("Qwen2ForCausalLM", "qwen2", "keep"),
-    Architecture("Qwen2MoeForCausalLM", "qwen2moe", "keep"),
-    Architecture("Qwen3ForCausalLM", "qwen3", "keep"),
-    Architecture("Qwen3MoeForCausalLM", "qwen3moe", "keep"),
-    Architecture("GemmaForCausalLM", "gemma", "keep"),
-    Architecture("Gemma2ForCausalLM", "gemma2", "keep"),
-    Architecture("Gemma3ForCausalLM", "gemma3", "keep"),
-    Architecture("PhiForCausalLM", "phi2", "keep"),
-    Architecture("Phi3ForCausalLM", "phi3", "keep"),
-    Architecture("Qwen2VLForConditionalGeneration", "qwen2vl", "keep"),
-    Architecture("Qwen2_5_VLForConditionalGeneration", "qwen2vl", "keep"),
+    Architecture("GraniteForCausalLM", "granite", "rotary"),
+    Architecture("GraniteMoeForCausalLM", "granitemoe", "rotary"),
+    Architecture("SmolLM3ForCausalLM", "smollm3", "rotary"),
+    Architecture("OlmoForCausalLM", "olmo", "rotary"),
+    Architecture("ArceeForCausalLM", "arcee", "rotary"),
+    Architecture("Ministral3ForCausalLM", "mistral3", "rotary"),
+    Architecture("Mistral3ForConditionalGeneration", "mistral3", "rotary", ""),
+    Architecture("BambaForCausalLM", "granitehybrid", "rotary"),
+    Architecture("Qwen2ForCausalLM", "qwen2"),
+    Architecture("Qwen2MoeForCausalLM", "qwen2moe"),
+    Architecture("Qwen2VLForConditionalGeneration", "qwen2vl"),
+    Architecture("Qwen2_5_VLForConditionalGeneration", "qwen2vl"),
+    Architecture("Qwen3ForCausalLM", "qwen3"),
+    Architecture("Qwen3MoeForCausalLM", "qwen3moe"),
+    Architecture("Qwen3VLForConditionalGeneration", "qwen3vl", prefix=""),
+    Architecture("Qwen3VLMoeForConditionalGeneration", "qwen3vlmoe", prefix=""),
+    Architecture("GemmaForCausalLM", "gemma"),
+    Architecture("Gemma2ForCausalLM", "gemma2"),
+    Architecture("Gemma3ForCausalLM", "gemma3"),
+    Architecture("Gemma3nForCausalLM", "gemma3n"),
+    Architecture("Gemma4ForCausalLM", "gemma4"),
+    Architecture("Gemma4ForConditionalGeneration", "gemma4", prefix=""),
+    Architecture("PhiForCausalLM", "phi2"),
+    Architecture("Phi3ForCausalLM", "phi3"),
+    Architecture("PhimoeForCausalLM", "phimoe"),
+    Architecture("PhiMoEForCausalLM", "phimoe"),  # as the files on the hub call it
+    Architecture("Olmo2ForCausalLM", "olmo2"),
+    Architecture("Olmo3ForCausalLM", "olmo2"),
+    Architecture("OlmoeForCausalLM", "olmoe"),
+    Architecture("CohereForCausalLM", "command-r"),
+    Architecture("Cohere2ForCausalLM", "cohere2"),
+    Architecture("GlmForCausalLM", "chatglm"),
+    Architecture("Glm4ForCausalLM", "glm4"),
+    Architecture("Glm4vForConditionalGeneration", "glm4", prefix=""),
+    Architecture("Glm4MoeForCausalLM", "glm4moe"),
+    Architecture("SolarOpenForCausalLM", "glm4moe"),
+    Architecture("StableLmForCausalLM", "stablelm"),
+    Architecture("Starcoder2ForCausalLM", "starcoder2"),
+    Architecture("GPTBigCodeForCausalLM", "starcoder", "keep", "transformer"),
+    Architecture("MptForCausalLM", "mpt", "keep", "transformer"),
+    Architecture("MPTForCausalLM", "mpt", "keep", "transformer"),  # as the files on the hub call it
     Architecture("GPT2LMHeadModel", "gpt2", "keep", "transformer"),
+    Architecture("NemotronForCausalLM", "nemotron"),
+    Architecture("Exaone4ForCausalLM", "exaone4"),
+    Architecture("ExaoneMoeForCausalLM", "exaone-moe"),
+    Architecture("SeedOssForCausalLM", "seed_oss"),
+    Architecture("Ernie4_5ForCausalLM", "ernie4_5"),
+    Architecture("Ernie4_5_MoeForCausalLM", "ernie4_5-moe"),
+    Architecture("HunYuanDenseV1ForCausalLM", "hunyuan-dense"),
+    Architecture("HunYuanMoEV1ForCausalLM", "hunyuan-moe"),
+    Architecture("ApertusForCausalLM", "apertus"),
+    Architecture("MiniCPM3ForCausalLM", "minicpm3"),
+    Architecture("MiniMaxM2ForCausalLM", "minimax-m2"),
+    Architecture("Jais2ForCausalLM", "jais2"),
+    Architecture("JambaForCausalLM", "jamba"),
+    Architecture("FalconH1ForCausalLM", "falcon-h1"),
+    Architecture("AfmoeForCausalLM", "afmoe"),
+    Architecture("Lfm2ForCausalLM", "lfm2"),
+    Architecture("Lfm2MoeForCausalLM", "lfm2moe"),
+    Architecture("Dots1ForCausalLM", "dots1"),
+    Architecture("Llama4ForCausalLM", "llama4"),
+    Architecture("Llama4ForConditionalGeneration", "llama4", prefix=""),
+    Architecture("DeepseekV2ForCausalLM", "deepseek2"),
+    Architecture("DeepseekV3ForCausalLM", "deepseek2"),
+    Architecture("Glm4MoeLiteForCausalLM", "deepseek2"),
+    Architecture("GptOssForCausalLM", "gpt-oss", experts="turns"),
     Architecture("BloomForCausalLM", "bloom", "fused", "transformer"),
     Architecture("GPTNeoXForCausalLM", "gptneox", "fused", "gpt_neox"),
+    Architecture("FalconForCausalLM", "falcon", "groups", "transformer"),
 )
 BY_HF = {a.hf: a for a in _LISTED}
 #: `model_type` of the text part -> the class that it is by itself, for models with pictures or sound beside it.
@@ -50,18 +109,41 @@ _BY_TEXT = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "granite": "GraniteForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma3n_text": "Gemma3nForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "cohere2": "Cohere2ForCausalLM",
 }
-#: "llama" stands for several classes with one rule.
+#: An architecture of GGUF stands for several classes with one rule.
 BY_GGUF = {a.gguf: a for a in reversed(_LISTED)}
 
-Permute = Callable[[np.ndarray], np.ndarray]
+_STATE = "how the weights of its state-space layers are reordered is not settled"
+_LINEAR = "how the heads of its linear attention are reordered is not settled"
+_HYBRID = "whether the rows of q and k are interleaved depends on how the configuration spells its layers"
+_ABSENT = "llama.cpp converts no such model, so that there is no GGUF of it"
+#: Classes, and architectures of GGUF, that are refused for a reason of their own.
+REFUSED = {
+    "GraniteMoeHybridForCausalLM": _HYBRID,
+    "granitehybrid": f"{_HYBRID}, and the file is of Bamba as well",
+    **dict.fromkeys(
+        "MambaForCausalLM Mamba2ForCausalLM FalconMambaForCausalLM NemotronHForCausalLM mamba mamba2 nemotron_h "
+        "nemotron_h_moe".split(),
+        _STATE,
+    ),
+    **dict.fromkeys(
+        "Qwen3NextForCausalLM Qwen3_5ForCausalLM Qwen3_5ForConditionalGeneration Qwen3_5MoeForCausalLM "
+        "Qwen3_5MoeForConditionalGeneration qwen3next qwen35 qwen35moe".split(),
+        _LINEAR,
+    ),
+    **dict.fromkeys(["MllamaForConditionalGeneration", "MllamaForCausalLM"], _ABSENT),
+}
+_INSTEAD = "use the adapter under its own names: attach it, or merge it into the Hugging Face base and convert that"
 
 
 def architecture_of(name: str | None, naming: str, text_type: str | None = None) -> Architecture:
@@ -76,6 +158,8 @@ def architecture_of(name: str | None, naming: str, text_type: str | None = None)
         When it is not listed.
     """
     table = BY_GGUF if naming == "gguf" else BY_HF
+    if name in REFUSED:
+        raise UnsupportedError(f"architecture {name!r}: {REFUSED[name]}, so names are not converted; {_INSTEAD}")
     if name in table:
         return table[name]
     if naming == "hf":
@@ -87,50 +171,3 @@ def architecture_of(name: str | None, naming: str, text_type: str | None = None)
         f"architecture {name!r}: its row order between Hugging Face and GGUF is not known here, so names are not "
         f"converted; known are {', '.join(sorted(table))}"
     )
-
-
-def row_order(arch: Architecture, gguf_name: str, heads: int, kv_heads: int, to: str) -> Permute | None:
-    """How the output rows of that weight move when converted to ``to``; None when they stay.
-
-    The function takes an array whose first axis is the output (lora_B, a bias, a magnitude).
-    """
-    stem = gguf_name.removesuffix(".weight").rpartition(".")[2]
-    if arch.rows == "rotary" and stem in ("attn_q", "attn_k"):
-        count = heads if stem == "attn_q" else kv_heads
-        return _swap(count, 2, -1) if to == "gguf" else _swap(count, -1, 2)
-    if arch.rows == "fused" and stem == "attn_qkv":
-        return _swap_outer(heads, 3) if to == "gguf" else _swap_outer(3, heads)
-    return None
-
-
-def rows_misfit(arch: Architecture, gguf_name: str, heads: int, kv_heads: int, rows: int) -> str | None:
-    """Why the rows of that weight cannot be moved; None where they can, or stay."""
-    stem = gguf_name.removesuffix(".weight").rpartition(".")[2]
-    if arch.rows == "rotary" and stem in ("attn_q", "attn_k"):
-        count, parts, what = heads if stem == "attn_q" else kv_heads, 2, "heads of two halves"
-    elif arch.rows == "fused" and stem == "attn_qkv":
-        count, parts, what = heads, 3, "heads of three parts"
-    else:
-        return None
-    return f"its {rows} rows are no {count} {what}" if rows % (count * parts) else None
-
-
-def _swap(heads: int, first: int, second: int) -> Permute:
-    """``[heads, first, second, ...] -> [heads, second, first, ...]``; -1 is what is left."""
-
-    def permute(array: np.ndarray) -> np.ndarray:
-        rest = array.shape[1:]
-        size = array.shape[0] // heads // 2
-        one, two = (first, size) if first == 2 else (size, second)
-        return array.reshape(heads, one, two, *rest).swapaxes(1, 2).reshape(array.shape)
-
-    return permute
-
-
-def _swap_outer(first: int, second: int) -> Permute:
-    """``[first, second, d, ...] -> [second, first, d, ...]``."""
-
-    def permute(array: np.ndarray) -> np.ndarray:
-        return array.reshape(first, second, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
-
-    return permute

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from lorastack.base.hint import elsewhere, in_short
+from lorastack.base.hint import elsewhere, in_short, of_other_parts
 from lorastack.base.model import BaseModel
 from lorastack.base.names import convert_names, tied_in_gguf
+from lorastack.base.parts import part_of
 from lorastack.base.rows import Rows
 from lorastack.base.settle import settle
 from lorastack.core.adapter import LoadedLora
@@ -40,10 +41,15 @@ def misfits(lora: LoadedLora, base: BaseModel) -> list[str]:
     except LoraStackError as error:
         return found + list(error.problems or [str(error)])
     strangers = [name for name in lora.adapters if base.shape_of(name) is None]
+    others = of_other_parts(strangers, base)
+    found += others.values()
+    strangers = [name for name in strangers if part_of(name) not in others]
     if hint := elsewhere(strangers, lora, base):
         found.append(hint)
     lines = []
     for name, delta in lora.adapters.items():
+        if base.shape_of(name) is None and part_of(name) in others:
+            continue
         if base.shape_of(name) is None:
             lines.append(f"weight {name} is none of the base's {base.count} weights")
         elif problem := base.misfit(name, delta):
@@ -59,6 +65,19 @@ def same_numbers(saved: np.ndarray, own: np.ndarray) -> bool:
     return saved.shape == own.shape and bool(
         np.allclose(own.astype(np.float32), saved.astype(np.float32), rtol=SAME_RTOL, atol=SAME_ATOL)
     )
+
+
+def is_resized(saved: np.ndarray, own: np.ndarray) -> bool:
+    """Whether an embedding that an adapter saved along is the base's own but for the last rows, those of new tokens.
+
+    Who resizes a vocabulary fills the new rows at random; what an adapter was trained with are its own.
+    """
+    if saved.shape != own.shape or saved.ndim != 2:
+        return False
+    near = np.isclose(own.astype(np.float32), saved.astype(np.float32), rtol=SAME_RTOL, atol=SAME_ATOL)
+    same = np.asarray(near.all(axis=1))
+    first = int(np.argmin(same))
+    return first > 0 and not same[first:].any()
 
 
 def _same_as_stored(saved: Factor, base: BaseModel, name: str) -> bool:
@@ -81,6 +100,8 @@ def _extra(kind: str, values: Mapping[str, Any], lora: LoadedLora, base: BaseMod
     """What of one kind of extras does not fit."""
     if kind in NEVER:
         yield f"{kind}: {KINDS[kind]}, which cannot be honoured"
+        return
+    if kind == "alora":
         return
     for name, value in values.items():
         if kind in ("dora", "lora_bias"):
@@ -118,7 +139,7 @@ def _beside(kind: str, name: str, value: Factor, lora: LoadedLora, base: BaseMod
     delta = lora.get(name)
     if delta is None:
         yield f"{kind} {name} goes with no update"
-    elif delta.kind not in ("linear", "conv"):
+    elif delta.kind not in ("linear", "conv", *(["embedding"] if kind == "dora" else [])):
         yield f"{kind} {name}: it needs a linear layer or a convolution, this update is of {delta.kind}"
     elif math.prod(value.shape) != delta.out_features:
         yield f"{kind} {name} is {list(value.shape)}, the weight has {delta.out_features} rows"

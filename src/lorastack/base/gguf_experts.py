@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+import numpy as np
+
 from lorastack.base.experts import beside, fused, halves, single, together
 from lorastack.base.model import BaseModel
 from lorastack.base.settle import settle
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
+from lorastack.core.target import Naming
 
 _TENSOR = re.compile(r"blk\.(\d{1,9})\.ffn_(gate|up|down)_exps\.weight")
 _LAYER = re.compile(r".*\.layers\.(\d{1,9})\..+")
@@ -28,9 +31,8 @@ def gguf_experts(lora: LoadedLora, base: BaseModel) -> LoadedLora:
             singles.setdefault(_tensor(layer[1], one[2]), {})[one[1]] = lora.adapters[name]
         elif layer and whole and lora.adapters[name].kind == "experts":
             delta = lora.adapters[name]
-            parts = (
-                {"down": delta} if whole[1] == "down_proj" else dict(zip(("gate", "up"), halves(delta), strict=True))
-            )
+            both = _halved(delta, base, to="gguf") if whole[1] != "down_proj" else None
+            parts = dict(zip(("gate", "up"), halves(both), strict=True)) if both else {"down": delta}
             deltas |= {_tensor(layer[1], part): value for part, value in parts.items()}
         else:
             deltas[name] = lora.adapters[name]
@@ -56,11 +58,25 @@ def hf_experts(lora: LoadedLora, base: BaseModel) -> LoadedLora:
         elif match[2] == "down":
             deltas[f"{block}.down_proj"] = delta
         elif (holder := f"{block}.gate_up_proj") not in deltas:
-            deltas[holder] = beside(*(lora.get(_tensor(match[1], part)) for part in ("gate", "up")))
+            both = beside(*(lora.get(_tensor(match[1], part)) for part in ("gate", "up")))
+            deltas[holder] = _halved(both, base, to="hf")
     experts = LoadedLora(lora.name, {n: d for n, d in deltas.items() if n not in lora.adapters}, naming="hf")
     settled = settle(experts, base).adapters  # a base that keeps them one by one
     rest: Mapping[str, LoraDelta] = {name: delta for name, delta in deltas.items() if name in lora.adapters}
     return replace(lora, adapters=MappingProxyType({**rest, **settled}))
+
+
+def _halved(both: LoraDelta, base: BaseModel, to: Naming) -> LoraDelta:
+    """The update of gate and up with gate's rows first; or, towards Hugging Face, as the base has them."""
+    if base.architecture.experts == "halves":
+        return both
+    a, b = both.factors
+
+    def change(x: np.ndarray) -> np.ndarray:
+        parts = (x.shape[1] // 2, 2) if to == "gguf" else (2, x.shape[1] // 2)
+        return x.reshape(x.shape[0], *parts, x.shape[2]).swapaxes(1, 2).reshape(x.shape)
+
+    return LoraDelta(a, b.mapped(change, b.shape), both.scaling, "experts")
 
 
 def _tensor(layer: str, part: str) -> str:

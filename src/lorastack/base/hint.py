@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lorastack.base.model import BaseModel
+from lorastack.base.parts import DENOISERS, FRONTS, ONLY_OF_IMAGES, part_of
 from lorastack.core.adapter import LoadedLora
-from lorastack.ways import rename, ways
+from lorastack.ways import Way, rename, ways
 
 #: Of an adapter that fits nowhere at all, so many weights are named.
 _NAMED = 10
+_WHOLE = Way("give the pipeline that has it", "give the pipeline that has it")
 
 
 def in_short(lines: Sequence[str], lora: LoadedLora, base: BaseModel) -> list[str]:
@@ -64,6 +66,27 @@ def elsewhere(strangers: Sequence[str], lora: LoadedLora, base: BaseModel) -> st
     # Of several the one that serves most; then the plainest.
     (old, new), fits = min(counts.items(), key=lambda item: (-item[1], item[0][0].count("."), item[0]))
     return f"{fits} of {len(strangers)} would fit under {new or 'the top'}{ways(rename(old, new))}"
+
+
+def of_other_parts(strangers: Sequence[str], base: BaseModel) -> dict[str, str]:
+    """A line for each part of an image pipeline that strangers are of and the base lacks; part -> line.
+
+    >>> base = BaseModel("mine", "hf", "UNet2DConditionModel", {}, {"mid_block.resnets.0.conv1.weight": (2, 2, 3, 3)})
+    >>> of_other_parts(["text_encoder.text_model.a.weight", "text_encoder.text_model.b.weight"], base)["text_encoder"]
+    ... # doctest: +ELLIPSIS
+    "2 weights are of text_encoder, which is no part of UNet2DConditionModel; give the pipeline that has it, or ..."
+    """
+    known = FRONTS if base.parts else ONLY_OF_IMAGES
+    counts = Counter(part for name in strangers if (part := part_of(name)) in known and part not in base.parts)
+    own = next((part for part in DENOISERS if part in base.parts), base.parts[0] if base.parts else "unet") + ".*"
+    if any(name.startswith("lora_te") for name in strangers):
+        own = "lora_unet_*"
+    out = ways(_WHOLE, Way(f"leave them out with select({own!r})", None))
+    kind = base.architecture_name or base.name
+    return {
+        str(part): f"{count} weight{'s are' if count > 1 else ' is'} of {part}, which is no part of {kind}{out}"
+        for part, count in counts.items()
+    }
 
 
 def _ending(name: str) -> str:

@@ -118,7 +118,8 @@ class _View:
 
 def _prefix(names: list[str], architecture: str | None) -> str:
     """What the model's class puts before its names where the file leaves it out, as some on the hub (GPT-2's) do."""
-    prefix = BY_HF[architecture].prefix + "." if architecture in BY_HF else ""
+    said = BY_HF[architecture].prefix if architecture in BY_HF else ""
+    prefix = f"{said}." if said else ""
     return "" if any(name.startswith(prefix) for name in names) else prefix
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from lorastack.base.architectures import Architecture, architecture_of
 from lorastack.base.foreign import ForeignNames
+from lorastack.base.parts import in_pipeline, in_text_encoder
 from lorastack.base.spelling import TEXT_PARTS, other_spellings
 from lorastack.base.tables import Rename, live_names
 from lorastack.core.delta import Kind, LoraDelta
@@ -25,15 +27,18 @@ MAX_LAYERS, MAX_HEADS = 1_000, 65_536
 #: Classes with transformers' Conv1D, and the layers that are.
 _WITH_CONV1D = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer")
 _CONV1D = tuple(f".{layer}.weight" for layer in ("c_attn", "q_attn", "c_proj", "c_fc"))
-#: Classes whose experts are kept ``[E, in, out]``, used through ``bmm``: a square one does not say so.
-_TURNED_EXPERTS = ("GptOssForCausalLM", "GptOssModel", "Llama4ForCausalLM", "Llama4ForConditionalGeneration")
+#: Classes whose experts say of themselves that they are ``[E, in, out]`` (``is_transposed``): a square one does not
+#: show it. Llama 4 keeps them so too and does not say it: to PEFT its factors are those of ``[E, out, in]``.
+_TURNED_EXPERTS = ("GptOss", "OpenAIPrivacyFilter", "Aria")
 
 
 class Part(NamedTuple):
-    """One tensor of a base's files, by its name there; `rows.py` reads it."""
+    """One tensor of a base's files, by its name there, or some rows of it; `rows.py` reads it."""
 
     file: SafetensorsFile | Header
     key: str
+    #: From this to that along its first axis, of a tensor that holds several weights; None for the whole.
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,13 @@ class Stored:
     files: tuple[Path, ...]
     read: Callable[[], np.ndarray]
     parts: tuple[Part, ...] = ()
+
+
+class Use(NamedTuple):
+    """The kind of update that a weight takes, and whether it is kept ``[in, out]``."""
+
+    kind: Kind
+    turned: bool
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,12 @@ class BaseModel:
         Names of ``shapes`` that are another weight under a second name: the head of a model that ties it.
     renaming
         transformers' own renaming of this model, for a live one; a base from files asks its class when it has to.
+    parts
+        The models of an image pipeline, whose names are the fronts of its weights'; empty for a single model.
+    single_file
+        Whether it is one .safetensors file, and no folder.
+    use
+        How a live model computes with a weight; of a base from files `roles.use_of` tells.
     """
 
     name: str
@@ -76,6 +94,9 @@ class BaseModel:
     prefix: str | None = None
     tied: Mapping[str, str] = field(default_factory=dict, repr=False)
     renaming: Callable[[], Rename | None] | None = field(default=None, repr=False, compare=False)
+    parts: tuple[str, ...] = field(default=(), repr=False)
+    single_file: bool = field(default=False, repr=False)
+    use: Callable[[str], Use | None] | None = field(default=None, repr=False, compare=False)
 
     def own_name(self, name: str) -> str | None:
         """The base's own name of the weight that an adapter calls ``name``; None when it has none.
@@ -84,14 +105,21 @@ class BaseModel:
         """
         if name in self.shapes or self.naming != "hf":
             return name if name in self.shapes else None
+        if (packed := f"{name.removesuffix('weight')}in_proj_weight") in self.shapes:
+            return packed  # to PEFT the projections of nn.MultiheadAttention are its weight
         model_type = self.config.get("model_type")
-        for other in other_spellings(name, model_type, self.prefix, self._first_parts):
+        if self.parts:
+            others = in_pipeline(name, self.parts)
+        else:
+            spelt = other_spellings(name, model_type, self.prefix, self._first_parts)
+            others = chain(in_text_encoder(name, self.shapes), spelt)
+        for other in others:
             if other in self.shapes:
                 return other
         places = self.foreign.find(name)
         if places:
             return places[0].weight if len(places) == 1 and places[0].whole else None
-        if "." not in name:
+        if "." not in name or self.parts:
             return None
         rename = self._rename
         if rename is None:
@@ -171,17 +199,30 @@ class BaseModel:
     @property
     def layers(self) -> int:
         """How many blocks the model has."""
-        return self._number("block_count", "num_hidden_layers", "n_layer", "num_layers", most=MAX_LAYERS)
+        return self._number("block_count", "num_hidden_layers", "n_layer", "num_layers", "n_layers", most=MAX_LAYERS)
 
     @property
     def heads(self) -> int:
         """Attention heads."""
-        return self._number("attention.head_count", "num_attention_heads", "n_head", most=MAX_HEADS)
+        return self._number("attention.head_count", "num_attention_heads", "n_head", "n_heads", most=MAX_HEADS)
 
     @property
     def kv_heads(self) -> int:
         """Key/value heads; as many as heads when the configuration names none."""
+        if self.naming == "hf" and self.config.get("model_type") == "falcon":
+            return self._falcon_groups
         return self._number("attention.head_count_kv", "num_key_value_heads", most=MAX_HEADS, default=self.heads)
+
+    @property
+    def _falcon_groups(self) -> int:
+        """How many keys Falcon has: transformers reads the number of the new decoder only, and one where not told."""
+        if self.config.get("new_decoder_architecture"):
+            return self._number("", "num_kv_heads", "n_head_kv", most=MAX_HEADS, default=self.heads)
+        return 1 if self.config.get("multi_query", True) else self.heads
+
+    def number(self, key: str) -> int:
+        """A whole number of the configuration, at most that of the heads there can be."""
+        return self._number(key, key, most=MAX_HEADS)
 
     @property
     def quantised(self) -> bool:
@@ -233,11 +274,13 @@ class BaseModel:
         array = self.weight(name)
         if delta.kind == "conv":
             return array.reshape(1, array.shape[0], -1)
-        wide = array if delta.kind == "experts" else array[None]
+        wide = array if array.ndim == 3 else array[None]
         return wide.swapaxes(1, 2) if self.turned(name, delta) else wide
 
     def turned(self, name: str, delta: LoraDelta) -> bool:
         """Whether the weight is kept ``[in, out]``: an embedding, GPT-2's ``Conv1D``, the experts of some models."""
+        if delta.kind == "stored":
+            return False
         if delta.kind == "experts":
             shape = (self.shape_of(name) or ())[-2:]
             if delta.in_features != delta.out_features:
@@ -247,7 +290,7 @@ class BaseModel:
     def kept_turned(self, name: str, kind: Kind) -> bool:
         """The same where there is no update yet whose shape would say it: a model keeps its experts one way."""
         if kind == "experts":
-            return self.architecture_name in _TURNED_EXPERTS
+            return (self.architecture_name or "").startswith(_TURNED_EXPERTS)
         return kind == "embedding" or (kind == "linear" and self._is_conv1d(name))
 
     def misfit(self, name: str, delta: LoraDelta) -> str | None:
@@ -266,6 +309,8 @@ class BaseModel:
             return [(n_in, n_out)]
         if delta.kind == "conv":
             return [(n_out, *delta.factors[0].shape[1:])]
+        if delta.kind == "stored":
+            return [(delta.num_experts, n_out, n_in)] if delta.num_experts else [(n_out, n_in), (1, n_out, n_in)]
         if delta.kind == "experts":
             experts = delta.num_experts or 0
             return list(dict.fromkeys([(experts, n_out, n_in), (experts, n_in, n_out)]))
@@ -284,6 +329,8 @@ class BaseModel:
                 value = said.get(key)
                 if value is None:
                     continue
+                if isinstance(value, list):  # layer by layer, 0 for those without attention
+                    value = _the_one(value)
                 if type(value) is int and 0 < value <= most:
                     return value
                 raise FormatError(
@@ -292,3 +339,9 @@ class BaseModel:
         if default is not None:
             return default
         raise FormatError(f"base {self.name}: its configuration names no {' or '.join(keys)}")
+
+
+def _the_one(values: list[Any]) -> Any:
+    """The number that a list of each layer's has, zeros left out; the list itself where it has several."""
+    others = [value for value in values if value != 0]
+    return others[0] if others and all(value == others[0] for value in others) else values

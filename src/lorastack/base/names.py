@@ -15,11 +15,13 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lorastack.base.architectures import Architecture, architecture_of, row_order, rows_misfit
+from lorastack.base.architectures import Architecture
 from lorastack.base.gguf_experts import gguf_experts, hf_experts
 from lorastack.base.hint import in_short
+from lorastack.base.latent import join, split
 from lorastack.base.model import BaseModel
 from lorastack.base.opening import open_base
+from lorastack.base.row_order import row_order, rows_misfit
 from lorastack.base.settle import settle
 from lorastack.base.spelling import TEXT_PARTS
 from lorastack.core.adapter import LoadedLora, LoraAdapter
@@ -62,14 +64,14 @@ def convert_names(lora: LoadedLora, base: BaseModel | str, to: Naming | None = N
         raise NamingError(f"{lora.name} has names of its own; only GGUF and Hugging Face names can be converted")
     arch = base.architecture
     _check_architecture(lora, base, arch)
-    lora = gguf_experts(settle(lora, base), base) if to == "gguf" else hf_experts(lora, base)
+    lora = split(gguf_experts(settle(lora, base), base), base) if to == "gguf" else join(hf_experts(lora, base), base)
     names = to_gguf_names(lora, base) if to == "gguf" else to_hf_names(lora, base)
     _check_shapes(lora, base, names)
     _check_rows(lora, base, names if to == "gguf" else {name: name for name in names})
 
     def rows(old: str) -> Any:
         gguf_name = names[old] if to == "gguf" else old
-        return row_order(arch, gguf_name, base.heads, base.kv_heads, to)
+        return row_order(base, gguf_name, to)
 
     back = {new: old for old, new in names.items()}
 
@@ -141,7 +143,7 @@ def lora_of_adapter(adapter: LoraAdapter, base: BaseModel, naming: Naming | None
     if base.naming == "gguf":
         # Named as GGUF names them, but still in Hugging Face's row order.
         for key, delta in deltas.items():
-            deltas[key] = move_rows(delta, row_order(base.architecture, key, base.heads, base.kv_heads, "gguf"))
+            deltas[key] = move_rows(delta, row_order(base, key, "gguf"))
     lora = LoadedLora(name, MappingProxyType(deltas), naming=base.naming, metadata=_metadata(base))
     return lora if naming == base.naming else convert_names(lora, base, naming)
 
@@ -192,6 +194,8 @@ def to_gguf_names(lora: LoadedLora, base: BaseModel) -> dict[str, str]:
                 f"weight {name} is not of the text part; llama.cpp keeps pictures and sound in a file of its own "
                 f"(mmproj), which takes no adapter{ways(SELECT)}"
             )
+        elif lora.adapters[name].kind == "conv":
+            problems.add(f"weight {name} is a convolution, to which llama.cpp adds no update{ways(SELECT)}")
         elif found is None:
             problems.add(f"weight {name} has no GGUF name in architecture {base.architecture.gguf}")
         elif found in taken:
@@ -210,15 +214,18 @@ def to_gguf_names(lora: LoadedLora, base: BaseModel) -> dict[str, str]:
 
 def gguf_name(name: str, base: BaseModel) -> str | None:
     """The GGUF name of a weight by its Hugging Face name; None where the architecture has none."""
-    if name.startswith("blk."):  # experts, which are named already
+    if name.startswith("blk."):  # experts and latent attention, which are named already
         return name
     table = _name_map(base.architecture.gguf, base.layers)
     # A text part, and a backbone saved by itself, are named as the text model is.
     plain = [name.removeprefix(part) for part in TEXT_PARTS if name.startswith(part)][:1] or [name]
-    spelt = [name, *(f"{prefix}{plain[0]}" for prefix in ("", f"{base.architecture.prefix}."))]
-    if base.text_prefix and not name.startswith(base.text_prefix) and name != "lm_head.weight":
+    spelt = [name, *(f"{prefix}{plain[0]}" for prefix in ("", f"{base.architecture.prefix or 'model'}."))]
+    if base.text_prefix and not name.startswith(base.text_prefix) and plain[0] != "lm_head.weight":
         return None
-    return next((found for one in spelt if (found := table.get_name(one, try_suffixes=(".weight",)))), None)
+    # gguf knows Granite's router as files have it.
+    spelt += [one.replace(".block_sparse_moe.router.", ".block_sparse_moe.router.layer.") for one in spelt]
+    found = next((found for one in spelt if (found := table.get_name(one, try_suffixes=(".weight",)))), None)
+    return found if found and found.endswith(".weight") else None  # Mamba's A is kept as its exponential
 
 
 def tied_in_gguf(name: str, base: BaseModel) -> str | None:
@@ -268,7 +275,7 @@ def _name_map(arch: str, layers: int) -> gguf.TensorNameMap:
 
 def _check_architecture(lora: LoadedLora, base: BaseModel, arch: Architecture) -> None:
     said = lora.metadata.get("general.architecture")
-    if lora.naming == "gguf" and said is not None and architecture_of(said, "gguf").gguf != arch.gguf:
+    if lora.naming == "gguf" and said is not None and said != arch.gguf:
         raise NamingError(f"{lora.name} is for architecture {said!r}, base {base.name} is {arch.gguf!r}")
 
 
@@ -287,7 +294,7 @@ def _check_rows(lora: LoadedLora, base: BaseModel, names: Mapping[str, str]) -> 
     problems = Problems(f"{lora.name} does not fit base {base.name}")
     for name, found in names.items():
         rows = lora.adapters[name].out_features
-        if problem := rows_misfit(base.architecture, found, base.heads, base.kv_heads, rows):
+        if problem := rows_misfit(base, found, rows):
             problems.add(f"weight {name}: {problem}, which the base's configuration says it has")
     problems.raise_any(NamingError)
 
@@ -306,7 +313,10 @@ def _convert_extras(lora: LoadedLora, names: Mapping[str, str], rows: Any) -> di
     lost: list[str] = []
     for kind, values in lora.extras.items():
         if kind in ("dora", "lora_bias"):
-            converted[kind] = {names[name]: _rows_of(factor, rows(name)) for name, factor in values.items()}
+            converted[kind] = {
+                n: _rows_of(factor, rows(old)) for old, factor in values.items() if (n := names.get(old))
+            }
+            lost += [f"{kind}: {name}" for name in values if name not in names]
         elif kind == "alora":
             converted[kind] = dict(values)
         elif kind != "base_weight":  # which changes nothing

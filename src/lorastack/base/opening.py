@@ -1,4 +1,4 @@
-"""Open a base: a Hugging Face folder, a GGUF file or a hub id; its headers are read, no weight is."""
+"""Open a base: a folder or file of Hugging Face's, a GGUF file or a hub id; its headers are read, no weight is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from lorastack.base.live_view import live_view
 from lorastack.base.model import BaseModel, Part, Stored
+from lorastack.base.pipelines import MODEL_INDEX, floats, open_pipeline, open_single_file
 from lorastack.errors import FormatError, Problems, UnsupportedError, shown
 from lorastack.files import below, present, read_head
 from lorastack.formats import MAX_VOCABULARY
@@ -19,15 +20,18 @@ from lorastack.formats.gguf_header import Tensor
 from lorastack.formats.gguf_splits import open_parts, split_stem
 from lorastack.formats.json_object import read_object
 from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
+from lorastack.formats.shards import INDEX_ENDING
 from lorastack.hub import resolve
 
-#: What says which tensor is in which file of a folder.
-INDEX = "model.safetensors.index.json"
-_BASE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf")
+#: What the file of all weights is called, in transformers and in diffusers.
+USUAL = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_BASE_FILES = ("config.json", "*/config.json", MODEL_INDEX, "*.safetensors", "*.safetensors.index.json", "*.gguf")
 
 
 def open_base(path: str | Path) -> BaseModel:
-    """The base in a Hugging Face folder, a GGUF file, or under a hub id.
+    """The base in a Hugging Face folder, of diffusers or transformers, in a file, or under a hub id.
+
+    A file is GGUF, or one .safetensors file of an image model: a checkpoint of Stable Diffusion, or one of diffusers.
 
     Raises
     ------
@@ -36,6 +40,8 @@ def open_base(path: str | Path) -> BaseModel:
     """
     given = str(path)
     where = resolve(given, patterns=_BASE_FILES)
+    if where.is_dir() and present(where / MODEL_INDEX):
+        return open_pipeline(where, given, _from_folder)
     if where.is_dir() and not present(where / "config.json"):
         files = sorted(path for path in below(where, 1) if path.suffix == ".gguf")
         if len({split_stem(path.name) for path in files}) != 1:
@@ -43,7 +49,8 @@ def open_base(path: str | Path) -> BaseModel:
         where = files[0]
     if where.is_dir():
         return _from_folder(where, given)
-    read_head(where, 4)  # a pipe would be waited for
+    if read_head(where, 4) != b"GGUF" and where.suffix == ".safetensors":  # a pipe would be waited for
+        return open_single_file(where, given)
     return _from_gguf(where, given)
 
 
@@ -83,9 +90,15 @@ def _from_folder(folder: Path, given: str) -> BaseModel:
     packed = bool(config.get("quantization_config"))
     for path in _weight_files(folder, given):
         file = SafetensorsFile(path)
+        twice = next((name for name in file.tensors if name in stored), None)
+        if twice:
+            raise FormatError(
+                f"base {given}: tensor {twice} is in {stored[twice].files[0].name} and in {path.name}; leave one "
+                "variant of its weights in the folder"
+            )
         for name, info in file.tensors.items():
             shapes[name] = () if packed and info[0] not in FLOATS else info[1]
-            stored[name] = Stored((path,), partial(_floats, file, name, given), (Part(file, name),))
+            stored[name] = Stored((path,), partial(floats, file, name, given), (Part(file, name),))
     _check_index(folder, given, shapes)
     return live_view(given, config, shapes, stored)
 
@@ -108,27 +121,21 @@ def _check_config(config: Mapping[str, Any], given: str) -> None:
 
 def _weight_files(folder: Path, given: str) -> list[Path]:
     """The files that hold the weights: those of the index, the one of the usual name, or all there are."""
-    index, usual = folder / INDEX, folder / "model.safetensors"
-    if present(index):
-        names = sorted(set(_weight_map(index, given).values()))
-        return [path for name in names if present(path := folder / Path(name).name) and path.is_file()]
-    files = [usual] if usual.is_file() else sorted(p for p in below(folder, 1) if p.suffix == ".safetensors")
+    for usual in USUAL:
+        index = folder / f"{usual}{INDEX_ENDING}"
+        if present(index):
+            names = sorted(set(_weight_map(index, given).values()))
+            return [path for name in names if present(path := folder / Path(name).name) and path.is_file()]
+        if (folder / usual).is_file():
+            return [folder / usual]
+    files = sorted(p for p in below(folder, 1) if p.suffix == ".safetensors")
     if not files:
         raise FormatError(f"base {given}: it has no .safetensors file; convert it to safetensors")
     return files
 
 
-def _floats(file: SafetensorsFile, name: str, given: str) -> np.ndarray:
-    stored = file.tensors[name][0]
-    if stored not in FLOATS:
-        raise UnsupportedError(f"base {given}: tensor {name} is {stored}, no floating-point weight")
-    array = file.factor(name, allow_nonfinite=True).take()
-    return array if stored == "F64" else array.astype(np.float32)
-
-
 def _check_index(folder: Path, given: str, shapes: Mapping[str, Any]) -> None:
-    index = folder / INDEX
-    if present(index):
+    for index in [path for usual in USUAL if present(path := folder / f"{usual}{INDEX_ENDING}")][:1]:
         problems = Problems(f"base {given} is incomplete")
         missing = sorted(set(_weight_map(index, given)) - set(shapes))
         if missing:

@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 from lorastack.base.experts import fused
-from lorastack.base.model import BaseModel
+from lorastack.base.model import BaseModel, Use
 
 #: ``other``: a norm, a bias, a router beside fused experts, what has a name of its own.
 Role = Literal["linear", "head", "embedding", "experts", "conv", "other"]
@@ -31,7 +31,7 @@ def role_of(base: BaseModel, name: str) -> Role:
     if parameter != "weight" or 0 in shape:
         return "other"
     path, _, last = module.rpartition(".")
-    if len(shape) == 2 and last in _HEADS and (last != "output" or not path):
+    if len(shape) == 2 and last in _HEADS and (last not in ("output", "proj_out") or not path):
         return "head"
     if len(shape) == 2 and _EMBEDDING.fullmatch(last):
         return "embedding"
@@ -41,3 +41,20 @@ def role_of(base: BaseModel, name: str) -> Role:
         return "linear"
     # With one channel for each group there is nothing that a low rank would save.
     return "conv" if len(shape) in (3, 4, 5) and shape[1] > 1 else "other"
+
+
+def use_of(base: BaseModel, name: str) -> Use | None:
+    """How the model computes with the weight; None where nothing is known but that it is kept so.
+
+    >>> base = BaseModel("b", "hf", "GPT2Model", {}, {"h.0.c_fc.weight": (3, 12), "wte.weight": (9, 3), "b": (4, 4)})
+    >>> [use_of(base, name) for name in base.shapes]
+    [Use(kind='linear', turned=True), Use(kind='embedding', turned=True), None]
+    """
+    if base.use is not None:
+        return base.use(name)
+    role = role_of(base, name)
+    if role == "experts":
+        return Use("experts", base.kept_turned(name, "experts"))
+    if role in ("linear", "head"):
+        return Use("linear", base.kept_turned(name, "linear"))
+    return Use("embedding", True) if role == "embedding" else None

@@ -36,6 +36,11 @@ class Rows:
             self.kind, self.shape, start, stop = held.tensors[part.key]
             self.start, self.size = held.data_start + start, stop - start
             self.file = held.files[0]
+            if part.rows is not None:
+                first, last = part.rows
+                each = self.size // self.shape[0]
+                self.start, self.size = self.start + first * each, (last - first) * each
+                self.shape = (last - first, *self.shape[1:])
         else:
             tensor = held.by_name[part.key]
             assert isinstance(held.source, OpenedFile)

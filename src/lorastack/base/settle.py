@@ -9,7 +9,8 @@ from functools import partial
 from lorastack.base.experts import LAYERS, beside, fused, halves, one_of, single, together
 from lorastack.base.extras import extras_at_places
 from lorastack.base.foreign import Place, delta_at
-from lorastack.base.model import BaseModel
+from lorastack.base.model import BaseModel, Use
+from lorastack.base.roles import use_of
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
 from lorastack.core.lazy import LazyDeltas
@@ -22,16 +23,17 @@ def settle(lora: LoadedLora, base: BaseModel) -> LoadedLora:
     """The same adapter, each weight under the base's own name; what has none there keeps its name.
 
     Knows transformers' renamings, the prefix of a backbone saved by itself, experts one by one or in one parameter,
-    and the names of `foreign`. Nothing is read.
+    the names of `foreign`, and which way round the base keeps what an adapter has as it is stored. Nothing is read.
 
     Raises
     ------
     NamingError
-        Listing every weight that two of the adapter's are.
+        Listing every weight that two of the adapter's are, and those of which nothing tells how they lie.
     """
-    named = lora.naming == base.naming or (lora.naming == "kohya" and base.naming == "hf")
-    if not named or (all(name in base.shapes for name in lora.adapters) and _extras_fit(lora, base)):
+    if lora.naming != base.naming and not (lora.naming == "kohya" and base.naming == "hf"):
         return lora
+    if all(name in base.shapes for name in lora.adapters) and _extras_fit(lora, base):
+        return used(lora, base)
     found = _Found()
     groups: dict[str, dict[tuple[str, int], str]] = {}
     for name in lora.adapters:
@@ -52,7 +54,7 @@ def settle(lora: LoadedLora, base: BaseModel) -> LoadedLora:
         first = next(iter(members.values()))
         found.add(holder, first, partial(_held, lora, base, holder, members))
     found.problems.raise_any(NamingError)
-    return replace(
+    settled = replace(
         lora,
         adapters=LazyDeltas(found.builds, lambda _, build: build()),
         extras=extras_at_places(lora, base),
@@ -60,6 +62,41 @@ def settle(lora: LoadedLora, base: BaseModel) -> LoadedLora:
         history=(*lora.history, ("names", base.naming)),
         as_loaded=lora.as_loaded or ((lora.naming, dict(lora.metadata)) if lora.naming == "kohya" else None),
     )
+    return used(settled, base)
+
+
+def used(lora: LoadedLora, base: BaseModel) -> LoadedLora:
+    """The adapter with each update of a weight as it is stored made one of how the base computes with it.
+
+    Raises
+    ------
+    NamingError
+        Listing the square experts of which no version of PEFT, and nothing in the base, tells which way round they are.
+    """
+    stored = {name: delta for name, delta in lora.adapters.items() if delta.kind == "stored"}
+    uses = {name: use for name in stored if (use := use_of(base, name))}
+    problems = Problems("an adapter's experts cannot be told from their transposes")
+    for name, delta in stored.items():
+        turned = name in uses and uses[name].turned
+        if delta.num_experts and not turned and not lora.metadata.get("peft_version"):
+            problems.add(
+                f"weight {name} is square, and adapter_config.json has no peft_version: PEFT before 0.19 kept factors "
+                "of experts the other way round; write the version it was saved by into the config"
+            )
+    problems.raise_any(NamingError)
+    if not uses:
+        return lora
+    how = {name: (lambda n=name: lora.adapters[n]) if name not in uses else partial(_as_used, stored[name], uses[name])
+           for name in lora.adapters}  # fmt: skip
+    return replace(lora, adapters=LazyDeltas(how, lambda _, build: build()))
+
+
+def _as_used(delta: LoraDelta, use: Use) -> LoraDelta:
+    a, b = delta.factors
+    if use.kind == "experts" and not delta.num_experts:  # PEFT takes one expert for a matrix
+        a, b = (factor.mapped(lambda x: x[None], (1, *factor.shape)) for factor in (a, b))
+        delta = LoraDelta(a, b, delta.scaling, "stored")
+    return delta.over(use.kind) if use.turned else LoraDelta(a, b, delta.scaling, use.kind)
 
 
 class _Found:

@@ -29,6 +29,12 @@ _QWEN_VISION = _rules((r"visual\.", "model.visual."))
 _QWEN_FILES = _rules((r"model\.(?!language_model\.|visual\.)", "model.language_model."))
 _SPARSE_BLOCKS = _rules((r"(.*)\.block_sparse_moe\.", r"\1.mlp."))
 _SPARSE_BLOCKS_WITH_A_ROUTER = _rules((r"(.*)\.block_sparse_moe\.gate\.", r"\1.mlp.router.")) + _SPARSE_BLOCKS
+#: Granite's experts and router, which files have as layers of their own.
+_GRANITE_EXPERTS = _rules(
+    (r"(.*\.block_sparse_moe)\.input_linear\.weight", r"\1.experts.gate_up_proj"),
+    (r"(.*\.block_sparse_moe)\.output_linear\.weight", r"\1.experts.down_proj"),
+    (r"(.*\.block_sparse_moe\.router)\.layer\.", r"\1."),
+)
 
 _ADAPTER_RULES: dict[str, tuple[Rule, ...]] = {
     **dict.fromkeys(
@@ -38,6 +44,7 @@ _ADAPTER_RULES: dict[str, tuple[Rule, ...]] = {
     ),
     **dict.fromkeys(["qwen2_vl", "qwen2_5_vl"], _QWEN_VISION),
     **dict.fromkeys(["mixtral", "minimax", "minimax_m2"], _SPARSE_BLOCKS),
+    **dict.fromkeys(["granitemoe", "granitemoeshared", "granitemoehybrid"], _GRANITE_EXPERTS),
     "phimoe": _SPARSE_BLOCKS_WITH_A_ROUTER,
 }
 _FILE_RULES: dict[str, tuple[Rule, ...]] = dict.fromkeys(["qwen2_vl", "qwen2_5_vl"], _QWEN_FILES)

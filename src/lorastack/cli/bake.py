@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorastack.cli.blocks import BlockWeights, with_block_weights
 from lorastack.cli.console import echo_json, remark
 from lorastack.cli.cutting import Energy, Rank, Tolerance, loss_of, parse_ranks, parse_sweep
 from lorastack.cli.options import (
@@ -24,6 +25,7 @@ from lorastack.cli.options import (
     Json,
     LokrRank,
     Method,
+    Program,
     Quiet,
     Rename,
     StoredType,
@@ -34,6 +36,7 @@ from lorastack.errors import ArgumentError
 if TYPE_CHECKING:
     from lorastack.core.adapter import LoadedLora
     from lorastack.core.target import Naming
+    from lorastack.formats.writers import Format
 
 
 def bake(
@@ -48,6 +51,7 @@ def bake(
     tolerance: Tolerance = None,
     density: Density = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of dare's random masks.")] = 0,
+    program: Program = None,
     scales: Annotated[
         str | None,
         typer.Option(
@@ -60,6 +64,7 @@ def bake(
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    lbw: BlockWeights = None,
     lokr_rank: LokrRank = None,
     format: FileFormat = None,
     as_json: Json = False,
@@ -88,13 +93,17 @@ def bake(
     """
     from lorastack.algebra.bake import with_coefficient
     from lorastack.cli.progress import step_bar
+    from lorastack.converting.new_file import fitting, row_of
     from lorastack.files import check_output
     from lorastack.recipe import Recipe, recipe_files
+    from lorastack.targets import target_of
 
     outputs = _outputs(output, parse_sweep(scales))
     for path, _ in outputs:
         check_output(path, force)
-    as_gguf = output.suffix == ".gguf" or format == "gguf"
+    row = row_of(output, format, program) if program else None
+    written_as = row.format if row else target_of(format).format if format else None
+    as_gguf = written_as == "gguf" if written_as else output.suffix == ".gguf"
     recipe = Recipe.of_words(adapters, base)
     for path, _ in outputs:
         check_output(path, force, recipe.sources + recipe_files(adapters))
@@ -109,6 +118,7 @@ def bake(
         rank=lokr_rank,
         drop_extras=drop_extras,
     )
+    stack = with_block_weights(stack, lbw)
     if as_gguf and stack.naming == "hf":
         raise ArgumentError(f"{output}: these adapters have Hugging Face names; give --base to convert them to GGUF's")
     if not as_gguf and stack.naming == "gguf":
@@ -131,7 +141,9 @@ def bake(
     written: list[dict[str, Any]] = []
     for path, coefficient in outputs:
         lora = baked if coefficient is None else with_coefficient(baked, coefficient)
-        write_adapter(lora, path, dtype, force, format)
+        if row:
+            lora = fitting(lora, row, model)
+        write_adapter(lora, path, dtype, force, written_as)
         written.append(_numbers(lora, path, coefficient, len(stack)))
         if not as_json:
             remark(f"{path}: {_words(lora, len(stack))}")
@@ -162,7 +174,7 @@ def _numbers(lora: LoadedLora, path: Path, coefficient: float | None, adapters: 
     }
 
 
-def write_adapter(lora: LoadedLora, output: Path, dtype: str | None, force: bool, format: Any = None) -> None:
+def write_adapter(lora: LoadedLora, output: Path, dtype: str | None, force: bool, format: Format | None = None) -> None:
     """Save an adapter, with a bar."""
     from lorastack.cli.progress import byte_bar
     from lorastack.formats import save

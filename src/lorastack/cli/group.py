@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "apply": ("apply", "apply", "Apply the stack's sum at one weight to an array."),
     "bake": ("bake", "bake", "Bake a weighted stack into one adapter, exactly."),
     "compare": ("compare", "compare_command", "Say what adapters do and whether they cancel or pile up."),
+    "convert": ("convert", "convert_command", "Write an adapter in another format, or as a program reads it."),
     "extract": (
         "extract",
         "extract_command",

@@ -31,6 +31,12 @@ def _methods() -> list[str]:
     return list(METHODS)
 
 
+def _programs() -> list[str]:
+    from lorastack.targets import TARGETS
+
+    return [row.name for row in TARGETS.values() if row.is_program]
+
+
 Adapters = Annotated[
     list[str],
     typer.Argument(
@@ -65,7 +71,12 @@ LokrRank = Annotated[
 ]
 Base = Annotated[
     str | None,
-    typer.Option("--base", "-b", metavar="BASE", help="The base model: a Hugging Face folder, hub id or GGUF file."),
+    typer.Option(
+        "--base",
+        "-b",
+        metavar="BASE",
+        help="The base model: a folder, a hub id, a GGUF file, or a checkpoint of Stable Diffusion.",
+    ),
 ]
 AdapterOutput = Annotated[
     Path,
@@ -83,6 +94,15 @@ FileFormat = Annotated[
         metavar="FORMAT",
         autocompletion=_formats,
         help="gguf, peft, kohya, comfyui, diffusers or mlx; the output's ending says it when not given.",
+    ),
+]
+Program = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="PROGRAM",
+        autocompletion=_programs,
+        help="The program that will read it: vllm, sglang, llama.cpp, ollama, comfyui-app or mlx-lm.",
     ),
 ]
 Method = Annotated[

@@ -12,8 +12,14 @@ from lorastack.core.factor import Factor
 from lorastack.errors import ArgumentError, NonFiniteError, ShapeError, UnsupportedError, shown
 from lorastack.ways import Way, ways
 
-Kind = Literal["linear", "embedding", "experts", "conv"]
-_NDIM: dict[str, tuple[int, ...]] = {"linear": (2,), "embedding": (2,), "experts": (3,), "conv": (3, 4, 5)}
+Kind = Literal["linear", "embedding", "experts", "stored", "conv"]
+_NDIM: dict[str, tuple[int, ...]] = {
+    "linear": (2,),
+    "embedding": (2,),
+    "experts": (3,),
+    "stored": (2, 3),
+    "conv": (3, 4, 5),
+}
 
 #: The floats that NumPy has of ``ml_dtypes``: it calls their kind void.
 _FURTHER_FLOATS = frozenset("bfloat16 float8_e4m3fn float8_e5m2".split())
@@ -48,7 +54,11 @@ class LoraDelta:
         embedding     ``(rank, vocabulary)``  ``(width, rank)``
         experts       ``(E, rank, in)``       ``(E, out, rank)``
         conv          ``(rank, in, *kernel)`` ``(out, rank, 1, ...)``
+        stored        ``(..., rank, cols)``   ``(..., rows, rank)``
         ============  ======================  =====================
+
+        ``stored`` is an update of a parameter as it is kept, ``[rows, cols]`` or ``[E, rows, cols]``, whichever
+        of the two a model multiplies with: only the base tells (`lorastack.base.settle`).
     scaling
         The adapter's own multiplier for this weight: alpha/rank, or alpha/√rank under rsLoRA.
     kind
@@ -129,22 +139,31 @@ class LoraDelta:
     @property
     def rank(self) -> int:
         """Rank of the update (for experts: of each expert)."""
-        return self._a.shape[1 if self.kind == "experts" else 0]
+        return self._a.shape[0 if self.kind == "conv" else -2]
 
     @property
     def in_features(self) -> int:
         """Length of the input (embedding: the vocabulary; convolution: channels per group)."""
-        return self._a.shape[2 if self.kind == "experts" else 1]
+        return self._a.shape[1 if self.kind == "conv" else -1]
 
     @property
     def out_features(self) -> int:
         """Length of the output."""
-        return self._b.shape[1 if self.kind == "experts" else 0]
+        return self._b.shape[0 if self.kind == "conv" else -2]
 
     @property
     def num_experts(self) -> int | None:
         """Number of experts, or None for everything else."""
-        return self._a.shape[0] if self.kind == "experts" else None
+        return self._a.shape[0] if self.kind != "conv" and len(self._a.shape) == 3 else None
+
+    def over(self, kind: Kind) -> LoraDelta:
+        """The update of the transposed weight, ``A^T B^T``, as one of ``kind``.
+
+        >>> LoraDelta(np.ones((1, 3)), np.ones((2, 1)), kind="stored").over("linear")
+        LoraDelta(rank=1, 2 -> 3, scaling=1)
+        """
+        a, b = (factor.mapped(_turned, (*factor.shape[:-2], *factor.shape[:-3:-1])) for factor in self.factors)
+        return LoraDelta(b, a, self.scaling, kind)
 
     def scaled(self, factor: float) -> LoraDelta:
         """The same factors with ``factor`` times the scaling."""
@@ -179,7 +198,7 @@ class LoraDelta:
         if self.kind == "embedding":
             return (a[:, x.reshape(-1)].T * factor @ b.T).reshape(*x.shape, self.out_features)
         x = x.astype(dtype, copy=False)
-        if self.kind == "experts":
+        if self.num_experts:
             flat = x.reshape(x.shape[0], -1, x.shape[-1])
             y = (flat @ a.transpose(0, 2, 1) * factor) @ b.transpose(0, 2, 1)
             return y.reshape(*x.shape[:-1], self.out_features)
@@ -202,6 +221,10 @@ class LoraDelta:
         return a, b
 
 
+def _turned(array: np.ndarray) -> np.ndarray:
+    return array.swapaxes(-1, -2)
+
+
 def misfit(a: tuple[int, ...], b: tuple[int, ...], kind: Kind) -> str | None:
     """Say why factors of these shapes are not an update of this kind; None when they are."""
     if kind not in _NDIM:
@@ -212,9 +235,10 @@ def misfit(a: tuple[int, ...], b: tuple[int, ...], kind: Kind) -> str | None:
         return f"{shapes}: {kind} factors have {wanted} dimensions each"
     if 0 in a or 0 in b:
         return f"{shapes}: a dimension is 0"
-    if kind == "experts" and a[0] != b[0]:
+    stacked = kind != "conv" and len(a) == 3
+    if stacked and a[0] != b[0]:
         return f"{shapes}: {a[0]} experts against {b[0]}"
-    rank_a, rank_b = (a[1], b[2]) if kind == "experts" else (a[0], b[1])
+    rank_a, rank_b = (a[1], b[2]) if stacked else (a[0], b[1])
     if rank_a != rank_b:
         return f"{shapes}: rank {rank_a} against {rank_b}"
     if kind == "conv" and any(side != 1 for side in b[2:]):
@@ -271,7 +295,7 @@ def check_input(x: np.ndarray, delta: LoraDelta) -> None:
     if x.ndim == 0 or x.shape[-1] != delta.in_features:
         has = x.shape[-1] if x.ndim else "no"
         raise ShapeError(f"x has {has} features, this delta takes {delta.in_features} (x is {x.shape})")
-    if delta.kind == "experts" and (x.ndim < 2 or x.shape[0] != delta.num_experts):
+    if delta.num_experts and (x.ndim < 2 or x.shape[0] != delta.num_experts):
         raise ShapeError(f"x is {x.shape}, an experts' update takes [{delta.num_experts}, ..., {delta.in_features}]")
 
 

@@ -22,7 +22,7 @@ KINDS = {
 #: Kinds that change nothing: PEFT saves embeddings along whenever they are targeted.
 HARMLESS = frozenset({"base_weight"})
 #: Kinds that nothing but reading honours.
-NEVER = frozenset({"norm", "alora"})
+NEVER = frozenset({"norm"})
 #: Kinds that no live model can be given; the others of them a merge adds to the weight.
 NEVER_LIVE = NEVER | {"lokr", "diff", "diff_b"}
 

@@ -39,7 +39,7 @@ class PackedWeight:
         # An entry at scale 0 adds nothing, also where it holds NaN or Inf that was let in.
         active = [(scale, delta) for scale, delta in terms if scale != 0]
         read_all([delta for _, delta in active])
-        axis = 1 if self.first.kind == "experts" else 0
+        axis = 1 if self.first.num_experts else 0
         self.s = np.concatenate(
             [np.full(d.rank, multiplier(scale, d.scaling, self.dtype), dtype) for scale, d in active]
             or [np.zeros(0, dtype)]
@@ -93,8 +93,7 @@ class PackedWeight:
             h = self.a[x.reshape(-1)]
         else:
             x = x.astype(self.dtype, copy=False)
-            experts = self.first.kind == "experts"
-            flat = x.reshape((x.shape[0], -1, x.shape[-1]) if experts else (-1, x.shape[-1]))
+            flat = x.reshape((x.shape[0], -1, x.shape[-1]) if self.first.num_experts else (-1, x.shape[-1]))
             h = flat @ np.swapaxes(self.a, -1, -2)
         h *= self.s
         return (h @ self.b).reshape(*lead, self.out_features)

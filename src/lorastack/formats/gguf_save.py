@@ -18,13 +18,15 @@ from lorastack.core.delta import LoraDelta
 from lorastack.core.extras import HARMLESS, KINDS, are_tokens
 from lorastack.core.factor import Factor
 from lorastack.errors import Failures, FormatError, Problems, is_text, shown
+from lorastack.formats.gguf_left_out import left_out
 from lorastack.formats.peft import RECIPE_KEY
-from lorastack.ways import CONVERT, Way, drop_extras, ways
+from lorastack.ways import CONVERT, SELECT, Way, drop_extras, ways
 
 #: GGML_MAX_NAME, the closing zero included.
 _MAX_NAME = 64
 #: Keys with texts that are kept.
 _TEXTS = ("adapter.lora.task_name", "adapter.lora.prompt_prefix")
+_MERGE = Way("merge the adapter into the GGUF base with merge()", "merge the adapter into the GGUF base")
 _TYPES = {"f32": Q.F32, "f16": Q.F16, "bf16": Q.BF16, "q8_0": Q.Q8_0}
 
 
@@ -115,6 +117,8 @@ def _check(lora: LoadedLora) -> None:
     for name, delta in lora.adapters.items():
         if delta.kind == "conv":
             problems.add(f"weight {name} is a convolution, which GGUF adapters cannot hold")
+        elif left_out(str(lora.metadata.get("general.architecture")), name):
+            problems.add(f"weight {name}: llama.cpp adds no update to this tensor at run time{ways(SELECT, _MERGE)}")
         if (length := len(f"{name}.lora_a".encode(errors="replace"))) >= _MAX_NAME:
             problems.add(f"tensor {name}.lora_a: the name has {length} bytes, GGUF takes {_MAX_NAME - 1}")
     tokens = lora.extras.get("alora", {}).get("invocation_tokens") or []

@@ -21,7 +21,8 @@ from lorastack.formats.opened import OpenedFile
 from lorastack.formats.peft_config import CONFIG_NAME, PeftConfig, parse_config
 from lorastack.formats.peft_extras import ExtraSorter, frozen, refuse, refuse_empty
 from lorastack.formats.peft_files import open_folder, open_weights
-from lorastack.formats.peft_keys import PREFIX, may_be_wrapped, plain_keys, split
+from lorastack.formats.peft_keys import PREFIX, is_inside, may_be_wrapped, plain_keys, split
+from lorastack.formats.peft_parameters import Parameters
 from lorastack.formats.safetensors_file import FLOATS, Info
 from lorastack.formats.tensors import Renamed, Tensors
 from lorastack.ways import ignoring, ways
@@ -91,7 +92,9 @@ class _Sorter:
 
     def __init__(self, tensors: Tensors, config: PeftConfig, allow_nonfinite: bool, problems: Problems) -> None:
         self.tensors, self.config, self.allow, self.problems = tensors, config, allow_nonfinite, problems
-        self.how: dict[str, tuple[str, str, float, Kind, int]] = {}
+        #: weight -> keys of A and B, scaling, kind, the rank of experts or 0, whether they are the other way round.
+        self.how: dict[str, tuple[str, str, float, Kind, int, bool]] = {}
+        self.parameters = Parameters(config, tensors.path, problems)
         self.extras = ExtraSorter(tensors, config, self.how, allow_nonfinite, problems)
         self.notes: tuple[str, ...] = ()
 
@@ -104,9 +107,22 @@ class _Sorter:
                 rest = self._sort_plain()
         if rest:
             self._sort_rest(rest)
+        if isinstance(self.tensors, Renamed):
+            self._count_twice(self.tensors)
         self.extras.check()
         if not self.how and not self.problems:
             self.problems.add(f"{self.tensors.path}: it has no lora_A/lora_B tensors, so it would change nothing")
+
+    def _count_twice(self, tensors: Renamed) -> None:
+        """Double what PEFT adds twice: of a whole `nn.MultiheadAttention` the update of its output projection.
+
+        Its ``MultiheadAttention.merge`` adds it, and then calls the projection's own ``merge``, in every forward pass,
+        those of the training included.
+        """
+        for weight, (key_a, key_b, scaling, *more) in list(self.how.items()):
+            if is_inside(tensors.stored[key_a]):
+                self.how[weight] = (key_a, key_b, 2 * scaling, *more)  # type: ignore[assignment]
+                self.notes += (f"{weight}: PEFT adds it twice, as part of a whole attention; so it is here",)
 
     def _sort_plain(self) -> list[str]:
         """Sort what nearly every key is; returns the keys that are something else, or not as expected."""
@@ -136,7 +152,7 @@ class _Sorter:
                     and shape[1]
                     and shape_b[0]
                 ):
-                    how[key[17:-13] + "weight"] = (key, key_b, scaling, "linear", rank)
+                    how[key[17:-13] + "weight"] = (key, key_b, scaling, "linear", 0, False)
                     continue
             rest.append(key)
         paired = {one[1] for one in how.values()}
@@ -164,7 +180,7 @@ class _Sorter:
                 or not shape_b[0]
             ):
                 return False
-            how[stem + "weight"] = key, key_b, scaling, "linear", rank
+            how[stem + "weight"] = key, key_b, scaling, "linear", 0, False
         return len(self.tensors.tensors) % 2 == 0
 
     def _sort_rest(self, rest: list[str]) -> None:
@@ -194,12 +210,15 @@ class _Sorter:
             self.notes = (f"{len(left_out)} tensors of the base itself are left out, such as {left_out[0][17:]}",)
         return set(left_out)
 
-    def build(self, _: str, how: tuple[str, str, float, Kind, int]) -> LoraDelta:
-        key_a, key_b, scaling, kind, rank = how
+    def build(self, _: str, how: tuple[str, str, float, Kind, int, bool]) -> LoraDelta:
+        key_a, key_b, scaling, kind, rank, over = how
         a, b = self.tensors.factor(key_a, self.allow), self.tensors.factor(key_b, self.allow)
-        if kind == "experts":
+        if rank:
             a, b = _experts(a, b, rank)
-        return LoraDelta(a, b, scaling, kind)
+        if kind == "conv" and b.shape[1] < a.shape[0]:
+            b = _of_groups(b, a.shape[0])
+        delta = LoraDelta(a, b, scaling, kind)
+        return delta.over(kind) if over else delta
 
     def _pair(self, a: dict[str, str], b: dict[str, str], names: tuple[str, str], embedding: bool) -> None:
         where = self.tensors.path
@@ -221,19 +240,27 @@ class _Sorter:
                     self.problems.add(f"{where}: tensor {key} is {dtype}, expected a float type")
             kind: Kind = "embedding" if embedding else "linear" if len(shape_a) == 2 else "conv"
             weight = module + ".weight"
-            parameter = self._parameter(module, a) if self.config.target_parameters else None
+            parameter = self.parameters.of(module, a)
             # PEFT looks a parameter up by its own name, in the patterns too.
             rank, scaling = self.config.rank_of(parameter or module), self.config.scaling_of(parameter or module)
+            experts, over = 0, False
+            over_groups = kind == "conv" and len(shape_b) == len(shape_a) and 0 < shape_b[1] < shape_a[0]
+            if over_groups and shape_a[0] % shape_b[1] == 0 and shape_b[0] % (shape_a[0] // shape_b[1]) == 0:
+                shape_b = (shape_b[0], shape_a[0], *shape_b[2:])
             if parameter:
-                weight, kind = parameter, "experts" if shape_a and shape_a[0] != rank else "linear"
-            self._check_shapes(module, shape_a, shape_b, rank, kind)
+                weight, square = parameter, shape_a[-1:] == shape_b[:1]
+                kind, over = self.parameters.kind(shape_a[0] if shape_a else 0, rank, square)
+                experts = rank if shape_a and shape_a[0] != rank else 0
+            self._check_shapes(module, shape_a, shape_b, rank, kind, experts)
             if weight in self.how:
                 self.problems.add(f"{where}: weight {weight} has two updates, by {self.how[weight][0]} and {key_a}")
-            self.how[weight] = (key_a, key_b, scaling, kind, rank)
+            self.how[weight] = (key_a, key_b, scaling, kind, experts, over)
 
-    def _check_shapes(self, module: str, a: tuple[int, ...], b: tuple[int, ...], rank: int, kind: Kind) -> None:
+    def _check_shapes(
+        self, module: str, a: tuple[int, ...], b: tuple[int, ...], rank: int, kind: Kind, experts: int
+    ) -> None:
         where = self.tensors.path
-        if kind == "experts":
+        if experts:
             if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] % rank:
                 self.problems.add(
                     f"{where}: module {module}: lora_A {a} and lora_B {b} do not hold experts of rank {rank}"
@@ -247,44 +274,21 @@ class _Sorter:
                 "(r or rank_pattern), on which the scaling depends; correct the config"
             )
 
-    def _parameter(self, module: str, modules: Collection[str]) -> str | None:
-        """The parameter that a module's factors belong to under ``target_parameters``; None: its weight.
 
-        PEFT wraps a module once for each parameter targeted, in the module's own order: the first is the
-        innermost, ``experts.base_layer.lora_A``. With one target there is no ``base_layer``.
-        """
-        holder = module
-        while holder.endswith(".base_layer"):
-            holder = holder.removesuffix(".base_layer")
-        depth = (len(module) - len(holder)) // len(".base_layer")
-        wanted = []
-        for parameter in self.config.target_parameters:
-            owner, _, short = parameter.rpartition(".")
-            if holder == owner or holder.endswith("." + owner) or not owner:
-                wanted.append(short)
-        wanted = list(dict.fromkeys(wanted))
-        if not wanted:
-            return None
-        # The order of registration in transformers' expert modules; other pairs cannot be told apart without the base.
-        order = ["gate_up_proj", "gate_proj", "up_proj", "down_proj"]
-        if len(wanted) > 1:
-            if not set(wanted) <= set(order):
-                self.problems.add(
-                    f"{self.tensors.path}: module {holder} has several target_parameters {wanted}; which factors "
-                    "belong to which depends on the base's own order, known here only for gate_up_proj and down_proj"
-                )
-                return None
-            wanted.sort(key=order.index)
-        if any(holder + ".base_layer" * n not in modules for n in range(len(wanted))):
-            self.problems.add(
-                f"{self.tensors.path}: module {holder} has fewer factors than target_parameters {wanted}; "
-                "save the adapter again"
-            )
-            return None
-        if depth >= len(wanted):
-            self.problems.add(f"{self.tensors.path}: module {module}: more factors than target_parameters {wanted}")
-            return None
-        return f"{holder}.{wanted[len(wanted) - 1 - depth]}"
+def _of_groups(b: Factor, rank: int) -> Factor:
+    """lora_B of a convolution in groups, whose rows see the ranks of their own group only, as one that sees all."""
+    out, ranks = b.shape[:2]
+    groups = rank // ranks
+    rows = out // groups
+    shape = (out, rank, *b.shape[2:])
+
+    def spread(array: np.ndarray) -> np.ndarray:
+        whole = np.zeros(shape, array.dtype)
+        for g in range(groups):
+            whole[g * rows : (g + 1) * rows, g * ranks : (g + 1) * ranks] = array[g * rows : (g + 1) * rows]
+        return whole
+
+    return b.mapped(spread, shape)
 
 
 def _experts(a: Factor, b: Factor, rank: int) -> tuple[Factor, Factor]:

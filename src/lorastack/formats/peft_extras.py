@@ -40,6 +40,8 @@ class ExtraSorter:
         if 0 in self.tensors.tensors[key][1]:
             refuse_empty(key, self.tensors, self.problems)
             return
+        if key.endswith(".num_batches_tracked"):  # a counter, which changes nothing but further training
+            return
         factor = self._float_factor(key)
         if factor is None:
             return
@@ -89,7 +91,9 @@ class ExtraSorter:
     def _saved_kind(self, name: str) -> tuple[str, str]:
         """Kind and the base's own key of a tensor that belongs to the base itself."""
         own = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        if own.endswith(".bias") and self.config.raw.get("bias", "none") != "none":
+        if ".modules_to_save." in name or self.config.saves(own):
+            return "modules_to_save", own
+        if "bias" in own.rpartition(".")[2] and self.config.raw.get("bias", "none") != "none":
             return "bias", own
         if ".base_layer." in name or own in self.how:
             return "base_weight", own

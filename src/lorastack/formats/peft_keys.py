@@ -42,6 +42,9 @@ _NAMED = re.compile(
     r"\.([^.]+?)(\.weight|\.bias)?"
 )
 _SAVED = ".modules_to_save."
+#: A projection inside a module that PEFT wraps too, as in `nn.MultiheadAttention`.
+_INSIDE = re.compile(r"\.base_layer\.(?!base_layer\.)(?=[^.]+\.lora_)")
+_INSIDE_NAME = re.compile(r"\.base_layer\.(?!base_layer\.)[^.\n]+\.weight")
 
 
 def split(name: str) -> tuple[str, str]:
@@ -52,9 +55,15 @@ def split(name: str) -> tuple[str, str]:
     return "", name.rpartition(".")[0]
 
 
+def is_inside(key: str) -> bool:
+    """Whether a key is of a projection inside a module that PEFT wraps too."""
+    return _INSIDE.search(key) is not None
+
+
 def may_be_wrapped(names: Collection[str]) -> bool:
-    """Whether a wrapper's segment may be inside these names: one search through all of them, as opening is often."""
-    return "._" in "\n".join(names)
+    """Whether a wrapper's segment may be inside these names: a search through all of them, as opening is often."""
+    text = "\n".join(names)
+    return "._" in text or (".base_layer." in text and _INSIDE_NAME.search(text) is not None)
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,10 @@ def plain_keys(keys: Collection[str], where: object, problems: Problems) -> Plai
     """The keys without what other programs put into them; None when they have nothing of the kind."""
     now = {key: key for key in keys}
     notes = [note for step in (_without_wrappers, _without_name, _with_prefix) for note in step(now, problems)]
-    if not notes:
+    for key, plain in now.items():
+        if ".lora_" in plain:
+            now[key] = _INSIDE.sub(".", plain)
+    if all(key == plain for key, plain in now.items()):
         return None
     stored: dict[str, str] = {}
     for key, plain in now.items():
@@ -112,9 +124,12 @@ def _without_name(now: dict[str, str], problems: Problems) -> list[str]:
         )
         return []
     name = next(iter(names), "default")
+    there = set(now.values())
     for key, plain in now.items():
-        if f"{_SAVED}{name}." in plain:
-            shorter[key] = plain.replace(f"{_SAVED}{name}.", _SAVED)
+        module, saved, rest = plain.partition(_SAVED)
+        first, _, own = rest.partition(".")
+        if saved and own and (first == name or (not names and f"{module}.{own}" in there)):
+            shorter[key] = f"{module}{_SAVED}{own}"
     # Old DoRA magnitudes are written `lora_magnitude_vector.weight` without a name in them.
     now.update(shorter)
     return [f"keys carry the adapter's name, {name}; read without it"] if shorter else []

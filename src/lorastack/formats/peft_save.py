@@ -21,11 +21,14 @@ from lorastack.formats.peft import RECIPE_KEY
 from lorastack.formats.peft_config import CONFIG_NAME
 from lorastack.formats.peft_files import WEIGHTS
 from lorastack.formats.peft_keys import PREFIX
+from lorastack.formats.peft_parameters import inner_to_outer
 from lorastack.formats.safetensors_save import Entry, kept, write_safetensors
-from lorastack.ways import CONVERT, drop_extras, ways
+from lorastack.ways import BASE, CONVERT, drop_extras, ways
 
 #: Extras that PEFT has no place for.
 _NOT_HELD = ("norm", "lokr", "diff", "diff_b")
+#: The version of PEFT that reads factors of experts as they are written here.
+_LAYOUT = "0.19.0"
 #: Fields that say what the adapter is for, which views and bakes leave true.
 _KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out")
 
@@ -65,7 +68,9 @@ def _check(lora: LoadedLora) -> None:
     if not lora.adapters:
         problems.add("it has no weights")
     for name, delta in lora.adapters.items():
-        if delta.kind != "experts" and lora.naming != "kohya" and not name.endswith(".weight"):
+        if delta.kind == "stored" and delta.num_experts:
+            problems.add(f"weight {name}: which way round its experts are, only the base tells{ways(BASE)}")
+        if not _is_parameter(delta) and lora.naming != "kohya" and not name.endswith(".weight"):
             problems.add(f"weight {name}: its name does not end with .weight, which PEFT's modules have")
         if not is_text(name):
             problems.add(f"weight {shown(name)}: the name is no text that UTF-8 holds")
@@ -81,8 +86,8 @@ def _check(lora: LoadedLora) -> None:
 
 
 def _config(lora: LoadedLora) -> dict[str, Any]:
-    modules = {module_of(name): delta for name, delta in lora.adapters.items() if delta.kind != "experts"}
-    parameters = {name: delta for name, delta in lora.adapters.items() if delta.kind == "experts"}
+    modules = {module_of(name): delta for name, delta in lora.adapters.items() if not _is_parameter(delta)}
+    parameters = {name: delta for name, delta in lora.adapters.items() if _is_parameter(delta)}
     looked_up = modules | parameters  # in rank_pattern and alpha_pattern: by module, or by parameter with its name
     rank = Counter(delta.rank for delta in looked_up.values()).most_common(1)[0][0]
     alpha, rslora, odd = scalings(looked_up)
@@ -101,6 +106,7 @@ def _config(lora: LoadedLora) -> dict[str, Any]:
     }
     if parameters:
         config["target_parameters"] = sorted(parameters)
+        config["peft_version"] = _LAYOUT
     return config | _config_of_extras(lora)
 
 
@@ -157,6 +163,11 @@ def pattern_key(name: str) -> str:
     return "^" + re.escape(name)
 
 
+def _is_parameter(delta: LoraDelta) -> bool:
+    """Whether PEFT writes the update of this weight under ``target_parameters``."""
+    return delta.kind in ("experts", "stored")
+
+
 def module_of(name: str) -> str:
     """The module path of a weight name."""
     return name.removesuffix(".weight")
@@ -169,10 +180,11 @@ def _entries(lora: LoadedLora, dtype: str | None) -> Iterator[Entry]:
         if delta.kind == "experts":
             yield from _expert_entries(inner[name], a, b, dtype)
             continue
+        module = inner.get(name) or module_of(name)
         endings = ("lora_embedding_A", "lora_embedding_B") if delta.kind == "embedding" else (
             "lora_A.weight", "lora_B.weight")  # fmt: skip
         for factor, ending in zip((a, b), endings, strict=True):
-            yield _entry(f"{PREFIX}{module_of(name)}.{ending}", factor, dtype)
+            yield _entry(f"{PREFIX}{module}.{ending}", factor, dtype)
     endings_of = {"dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
     for kind, ending in endings_of.items():
         for name, factor in lora.extras.get(kind, {}).items():
@@ -194,17 +206,14 @@ def _entry(key: str, factor: Factor, dtype: str | None) -> Entry:
 
 def _inner_parameters(lora: LoadedLora) -> dict[str, str]:
     """Expert parameter -> path of the wrapper PEFT keeps its factors in: its first lies innermost."""
-    order = ["gate_up_proj", "gate_proj", "up_proj", "down_proj"]
     by_module: dict[str, list[str]] = {}
     for name, delta in lora.adapters.items():
-        if delta.kind == "experts":
+        if _is_parameter(delta):
             module, _, parameter = name.rpartition(".")
             by_module.setdefault(module, []).append(parameter)
     paths = {}
     for module, parameters in by_module.items():
-        if len(parameters) > 1:
-            parameters.sort(key=lambda p: order.index(p) if p in order else len(order))
-        for depth, parameter in enumerate(reversed(parameters)):
+        for depth, parameter in enumerate(reversed(inner_to_outer(parameters) or parameters)):
             paths[f"{module}.{parameter}"] = module + ".base_layer" * depth
     return paths
 

@@ -36,13 +36,13 @@ class Renamed:
     """The tensors of a file under other names: ``stored`` maps each to the file's own."""
 
     def __init__(self, inner: Tensors, stored: Mapping[str, str], notes: tuple[str, ...]) -> None:
-        self._inner, self._stored = inner, stored
+        self._inner, self.stored = inner, stored
         self.path, self.files, self.metadata = inner.path, inner.files, inner.metadata
         self.notes = (*inner.notes, *notes)
         self.tensors: dict[str, Info] = {name: inner.tensors[own] for name, own in stored.items()}
 
     def factor(self, name: str, allow_nonfinite: bool = False) -> Factor:
-        return self._inner.factor(self._stored[name], allow_nonfinite)
+        return self._inner.factor(self.stored[name], allow_nonfinite)
 
 
 def open_tensors(path: Path | OpenedFile) -> SafetensorsFile | TorchBin:

@@ -12,6 +12,7 @@ import numpy as np
 from lorastack.algebra.entries import Entry
 from lorastack.base.model import BaseModel, Stored
 from lorastack.core.delta import LoraDelta
+from lorastack.core.extras import KINDS
 from lorastack.core.factor import Factor
 from lorastack.core.kronecker import Kronecker
 from lorastack.errors import NamingError, Problems
@@ -77,6 +78,8 @@ def changes_of(entries: Sequence[Entry], base: BaseModel) -> dict[str, Change]:
         if scale == 0:
             continue
         extras = lora.extras
+        if "alora" in extras:
+            problems.add(f"{name}: it has {KINDS['alora']}, which weights cannot do{ways(_LIVE)}")
         for weight, delta in lora.adapters.items():
             at(weight).terms.append(Term(name, scale, delta, extras.get("dora", {}).get(weight)))
         for weight, factor in extras.get("lora_bias", {}).items():

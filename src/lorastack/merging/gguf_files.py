@@ -7,13 +7,14 @@ import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 
 from lorastack.base.model import Part
 from lorastack.base.rows import Rows, block_of
 from lorastack.errors import ArgumentError, Problems, UnsupportedError
+from lorastack.files.large import LargeFile
 from lorastack.formats import MAX_VOCABULARY
 from lorastack.formats.gguf import open_reader
 from lorastack.formats.gguf_header import Header
@@ -23,7 +24,7 @@ from lorastack.formats.peft import RECIPE_KEY
 from lorastack.merging.links import linked_to
 from lorastack.merging.packing import needs_importance, packable, packable_types
 from lorastack.merging.plan import Plan
-from lorastack.merging.stream import How, Merging, Progress, span
+from lorastack.merging.stream import How, Progress, contents
 from lorastack.merging.update import Update
 from lorastack.ways import Way, argument, ways
 
@@ -128,26 +129,13 @@ class GgufFiles:
                 linked += 1
                 progress(path.stat().st_size)
                 continue
-            with path.open("wb") as target:
-                self._write(file, target, recipe if n == 0 else None, progress)
+            head = self._head(file, recipe if n == 0 else None)
+            with LargeFile(path) as target:
+                target.write(head + b"\0" * (-len(head) % file.alignment))
+                for data in contents(file.tensors, self.how, file.alignment):
+                    target.write(data)
+                    progress(data.nbytes)
         return linked
-
-    def _write(self, file: File, out: BinaryIO, recipe: str | None, progress: Progress) -> None:
-        out.write(self._head(file, recipe))
-        _pad(out, file.alignment)
-        for tensor in file.tensors:
-            if tensor.update is None:
-                held = tensor.part.file
-                assert isinstance(held, Header)
-                assert isinstance(held.source, OpenedFile)
-                own = held.by_name[tensor.part.key]
-                for data in span(held.source, own.start, own.start + own.size, progress):
-                    out.write(data)
-            else:
-                for block in Merging(tensor.part, tensor.update, tensor.kind, self.how).blocks():
-                    out.write(block.data)
-                    progress(block.nbytes)
-            _pad(out, file.alignment)
 
     def _head(self, file: File, recipe: str | None) -> bytes:
         """Everything before the tensors: the base's keys as they are, but for those that follow what changed."""
@@ -269,7 +257,3 @@ def _key(key: str, value: Any, kind: GGUFValueType) -> bytes:
 
 def _padded(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
-
-
-def _pad(out: BinaryIO, alignment: int) -> None:
-    out.write(b"\0" * (-out.tell() % alignment))

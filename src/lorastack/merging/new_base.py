@@ -24,12 +24,13 @@ from lorastack.merging.card import CARD, RECIPE, card
 from lorastack.merging.folder import Folder
 from lorastack.merging.gguf_files import GgufFiles
 from lorastack.merging.importance import Importance
+from lorastack.merging.one_file import OneFile
 from lorastack.merging.plan import plan
 from lorastack.merging.rounding import Rounding
-from lorastack.merging.stream import How, Merging, Progress
+from lorastack.merging.stream import How, Merging, Planned, Progress
 from lorastack.merging.survival import Survival, estimate
-from lorastack.merging.update import Update
 from lorastack.merging.verify import Verified, refuse_worse, verify
+from lorastack.pipeline import ahead
 from lorastack.recipe import Recipe
 
 #: What is fetched of a base on the hub: its weights, and what else its folder holds.
@@ -67,19 +68,6 @@ class Merged:
     verified: tuple[Verified, ...] = ()
     left_out: tuple[Path, ...] = ()
     notes: tuple[str, ...] = field(default=())
-
-
-class Planned(Protocol):
-    """One tensor of a new base: a changed one, or the base's own where there is no update."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def part(self) -> Part: ...
-    @property
-    def update(self) -> Update | None: ...
 
 
 class Target(Protocol):
@@ -131,11 +119,13 @@ def merge(
     Parameters
     ----------
     base
-        A Hugging Face folder or hub id (float32, bfloat16, float16), or a GGUF file of any type.
+        A Hugging Face folder, of diffusers too, or a hub id (float32, bfloat16, float16); one .safetensors file of an
+        image model; or a GGUF file of any type.
     stack
         Both of its lists are merged, or a single adapter at scale 1.
     out
-        The new folder; of a GGUF base ``NAME.gguf``, or a folder with as many files as the base has.
+        The new folder; of a base that is one file ``NAME.safetensors``; of a GGUF base ``NAME.gguf``, or a folder
+        with as many files as the base has.
     exact
         Sum in float64.
     round
@@ -247,6 +237,12 @@ def _target(model: BaseModel, stack: LoraStack, out: Path, how: How) -> Target:
     if model.naming == "hf":
         if how.outtype is not None or how.importance is not None:
             raise ArgumentError(f"base {model.name} is no GGUF file, so that no type is chosen for its weights")
+        if model.single_file:
+            if out.suffix != ".safetensors":
+                raise ArgumentError(
+                    f"{out}: this base is one .safetensors file, and so is what it is merged to: give NAME.safetensors"
+                )
+            return OneFile(planned, how)
         if out.suffix in (".gguf", ".safetensors"):
             raise ArgumentError(f"{out}: this base is a folder, and so is what it is merged to: leave the ending out")
         return Folder(planned, how)
@@ -258,15 +254,24 @@ def _target(model: BaseModel, stack: LoraStack, out: Path, how: How) -> Target:
 def _estimated(target: Target, how: How, say: Callable[[int, int], None]) -> list[Survival]:
     """What is left of every update; a factor with NaN and a sum that its type does not hold are found here too."""
     changed = _changed(target, how)
-    failures = Failures("the stack cannot be merged")
     survivals = []
-    for n, (_, merging) in enumerate(changed):
-        found = failures.get(lambda merging=merging: estimate(merging()))  # type: ignore[misc]
+    # Two tensors at a time: much of it is waiting for rows from here and there.
+    each = [Failures("the stack cannot be merged") for _ in changed]
+    jobs = (
+        partial(failed.get, partial(_survival, merging)) for failed, (_, merging) in zip(each, changed, strict=True)
+    )
+    for n, found in enumerate(ahead(jobs)):
         if found is not None:
             survivals.append(found)
         say(n + 1, len(changed))
+    failures = Failures("the stack cannot be merged")
+    failures.errors = [error for one in each for error in one.errors]
     failures.raise_any()
     return survivals
+
+
+def _survival(merging: Callable[[], Merging]) -> Survival:
+    return estimate(merging())
 
 
 def _changed(target: Target, how: How) -> list[tuple[str, Callable[[], Merging]]]:

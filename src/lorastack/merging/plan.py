@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from lorastack.algebra.entries import Entry, fitted
 from lorastack.base.model import BaseModel, Part
+from lorastack.base.rows import Rows
 from lorastack.core.factor import Factor
 from lorastack.errors import Problems, UnsupportedError
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.merging.changes import Change, changes_of, is_saved, resized
+from lorastack.merging.heads import with_heads
 from lorastack.merging.update import Update, shape_in_file
 from lorastack.ways import SELECT, Way, ways
 
@@ -24,7 +26,10 @@ _SCALED_WHEN_TIED = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 
 
 class Added(NamedTuple):
-    """A tensor that the base's files do not have: a head that was one with the embedding ``like``, and is not now."""
+    """A tensor that the base's files do not have, written behind ``like`` and in its type.
+
+    A head that was one with the embedding ``like`` and is not now, or what an adapter saved whole.
+    """
 
     name: str
     like: Part
@@ -35,7 +40,8 @@ class Added(NamedTuple):
 class Plan:
     """What a merge does to the base's files.
 
-    ``updates`` goes by part: every stored tensor that changes. ``vocabulary`` is the new number of tokens, if any.
+    ``updates`` goes by part: every stored tensor that changes. ``vocabulary`` is the new number of tokens, if any,
+    ``fields`` what else its configuration says anew.
     """
 
     base: BaseModel
@@ -43,6 +49,7 @@ class Plan:
     added: tuple[Added, ...] = ()
     vocabulary: int | None = None
     untied: bool = False
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def plan(entries: Sequence[Entry], base: BaseModel) -> Plan:
@@ -56,7 +63,9 @@ def plan(entries: Sequence[Entry], base: BaseModel) -> Plan:
         When an adapter does not fit the base: one line, then at most ten.
     """
     _refuse_quantised(base)
-    whole, vocabulary = resized(_with_a_head(base), entries)
+    _refuse_fp8(base)
+    with_head, fields = with_heads(_with_a_head(base), entries)
+    whole, vocabulary = resized(with_head, entries)
     changes = changes_of(fitted(entries, whole), whole)
     problems = Problems(f"base {base.name} cannot be merged into")
     head, embedding = _tie(base)
@@ -64,6 +73,8 @@ def plan(entries: Sequence[Entry], base: BaseModel) -> Plan:
     untied = False
     if embedding and (head in changes or embedding in changes):
         untied = _untie(changes, whole, head, embedding, problems)
+        if untied and base.parts:
+            problems.add(f"weight {head} is one tensor with {embedding}, which would change along{ways(_LIVE, SELECT)}")
         if untied and (place := base.place_of(embedding)):
             change = changes.pop(head, None)
             update = _updates(head, change, whole, problems)[0][1] if change else None
@@ -77,10 +88,21 @@ def plan(entries: Sequence[Entry], base: BaseModel) -> Plan:
                 f"weight {name} is one tensor with {others or root}, which would change along{ways(_LIVE, SELECT)}"
             )
             continue
+        if change.replaced is not None and base.shape_of(name) is None:
+            added += (
+                Added(name, _last(base), Update(name, shape_in_file(change.replaced.shape, None), **_said(change))),
+            )
+            continue
         for part, update in _updates(name, change, whole, problems):
             updates[part] = update
     problems.raise_any(UnsupportedError)
-    return Plan(base, updates, added, vocabulary, untied)
+    return Plan(base, updates, added, vocabulary, untied, fields)
+
+
+def _last(base: BaseModel) -> Part:
+    """The tensor behind which new ones are written: the last matrix of the last file."""
+    parts = [part for place in base.stored.values() for part in place.parts if len(Rows(part).shape) == 2]
+    return max(parts, key=lambda part: (str(part.file.path), Rows(part).start))
 
 
 def _refuse_quantised(base: BaseModel) -> None:
@@ -91,6 +113,19 @@ def _refuse_quantised(base: BaseModel) -> None:
         raise UnsupportedError(
             f"base {base.name} is quantised ({what}): its packed weights cannot take an update{ways(_FULL, _LIVE)}"
         )
+
+
+def _refuse_fp8(base: BaseModel) -> None:
+    """A checkpoint of 8 bits, whose numbers may have scales beside them: one line, not one for each weight."""
+    kept = [part.file for place in list(base.stored.values())[:1] for part in place.parts] if base.single_file else []
+    for file in kept:
+        assert isinstance(file, SafetensorsFile)
+        packed = [key for key, (kind, *_) in file.tensors.items() if kind.startswith("F8_")]
+        if packed:
+            raise UnsupportedError(
+                f"base {base.name} keeps {len(packed)} tensors such as {packed[0]} in fp8, which cannot be merged "
+                f"into; merge into the 16-bit file it was made from{ways(_LIVE, lead=', or ')}"
+            )
 
 
 def _with_a_head(base: BaseModel) -> BaseModel:
@@ -150,23 +185,34 @@ def _updates(name: str, change: Change, base: BaseModel, problems: Problems) -> 
     if place is None or not place.parts:
         problems.add(f"weight {name} is none of the files' own: transformers makes it of others{ways(_LIVE, SELECT)}")
         return []
-    said = (tuple(change.terms), change.replaced, change.tokens, tuple(change.added))
+    said = _said(change)
     if len(place.parts) == 1:
         (part,) = place.parts
         if why := _unreadable(part):
             problems.add(f"weight {name} is {why}{ways(_FULL, _LIVE)}")
         kind = change.terms[0].delta.kind if change.terms else "conv" if change.dense and len(shape) > 2 else None
         turned = bool(change.terms) and base.turned(name, change.terms[0].delta)
-        return [(part, Update(name, shape_in_file(shape, kind), turned, *said, dense=tuple(change.dense)))]
+        return [(part, Update(name, shape_in_file(shape, kind), turned, **said))]
     if change.replaced is not None:
         problems.add(f"weight {name} is kept as {len(place.parts)} tensors, one for each expert; it cannot be replaced")
     experts, rows, columns = shape
     members = len(place.parts) // experts
     half = (1, rows // members, columns)
     return [
-        (part, Update(name, half, False, *said, expert=n // members, first_out=n % members * half[1]))
+        (part, Update(name, half, False, **said, expert=n // members, first_out=n % members * half[1]))
         for n, part in enumerate(place.parts)
     ]
+
+
+def _said(change: Change) -> dict[str, Any]:
+    """What is done to a weight, as an `Update` has it."""
+    return {
+        "terms": tuple(change.terms),
+        "replaced": change.replaced,
+        "tokens": change.tokens,
+        "added": tuple(change.added),
+        "dense": tuple(change.dense),
+    }
 
 
 def _unreadable(part: Part) -> str | None:

@@ -1,10 +1,11 @@
-"""Stream: one tensor of the new base as its bytes, a block of rows at a time, computed while the last is written."""
+"""Stream: the tensors of a new base as bytes, a block of rows at a time, computed while the last ones are written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol, TypeAlias
 
 import gguf
 import numpy as np
@@ -24,6 +25,8 @@ from lorastack.pipeline import ahead
 #: Bytes that are copied at once.
 CHUNK = 1 << 23
 _POOL = Pool()
+#: Computes the next bytes of a file.
+Job: TypeAlias = Callable[[], np.ndarray]
 #: Called with the bytes written since the last call.
 Progress = Callable[[int], None]
 
@@ -77,9 +80,9 @@ class Merging:
         rows = raw.reshape(-1, self.update.shape[2] // size[0] * size[1])
         return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[self.kind]).astype(self.wide, copy=False)
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """The bytes of the whole tensor, block by block, computed ahead of being written."""
-        return ahead(partial(self._block, at) for at in self.update.blocks())
+    def jobs(self) -> Iterator[Job]:
+        """What computes the bytes of the whole tensor, block by block."""
+        return (partial(self._block, at) for at in self.update.blocks())
 
     def _block(self, at: Block) -> np.ndarray:
         with _POOL.one() as scratch:
@@ -95,12 +98,43 @@ class Merging:
             )
 
 
-def span(file: OpenedFile, start: int, stop: int, progress: Progress) -> Iterator[bytes]:
-    """Bytes of an open file as they are, in chunks."""
-    for at in range(start, stop, CHUNK):
-        size = min(CHUNK, stop - at)
-        yield file.read(at, size)
-        progress(size)
+class Planned(Protocol):
+    """One tensor of a new base: a changed one, or the base's own where there is no update."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def part(self) -> Part: ...
+    @property
+    def update(self) -> Update | None: ...
+    @property
+    def size(self) -> int: ...
+
+
+def contents(tensors: Iterable[Planned], how: How, alignment: int = 1) -> Iterator[np.ndarray]:
+    """The bytes of one tensor after the other, each filled up with zeros; computed ahead of use, across tensors too."""
+    return ahead(job for tensor in tensors for job in _jobs(tensor, how, alignment))
+
+
+def _jobs(tensor: Planned, how: How, alignment: int) -> Iterator[Job]:
+    if tensor.update is None:
+        yield from copies(Rows(tensor.part))
+    else:
+        yield from Merging(tensor.part, tensor.update, tensor.kind, how).jobs()
+    if missing := -tensor.size % alignment:
+        yield partial(np.zeros, missing, np.uint8)
+
+
+def copies(rows: Rows) -> Iterator[Job]:
+    """What reads the bytes of a tensor as they are, in chunks."""
+    return spans(rows.file, rows.start, rows.start + rows.size)
+
+
+def spans(file: OpenedFile, start: int, stop: int) -> Iterator[Job]:
+    """What reads bytes of an open file, in chunks."""
+    return (partial(file.array, at, min(CHUNK, stop - at)) for at in range(start, stop, CHUNK))
 
 
 def _dtype(kind: str) -> np.dtype:

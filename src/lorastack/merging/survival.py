@@ -15,7 +15,7 @@ from lorastack.merging.stream import Merging
 from lorastack.merging.update import Block
 
 #: Rows of a tensor that are looked at, chosen by its name; of a small one fewer, so that this is a small part of a run.
-ROWS, LEAST, PART = 256, 32, 24
+ROWS, LEAST, PART = 256, 32, 40
 
 
 class Survival(NamedTuple):
@@ -32,14 +32,13 @@ class Survival(NamedTuple):
 
 
 class _Sums:
-    """Squares and products over rows, in float64."""
+    """Squares and products over rows: those of some in the type that the sum is computed in, their sums in float64."""
 
     def __init__(self) -> None:
         self.lost = self.along = self.delta = self.base = 0.0
 
     def add(self, old: np.ndarray, wanted: np.ndarray, stored: np.ndarray) -> None:
-        delta = np.subtract(wanted, old, dtype=np.float64)
-        moved = np.subtract(stored, old, dtype=np.float64)
+        delta, moved = wanted - old, stored - old
         self.delta += float(np.vdot(delta, delta))
         self.along += float(np.vdot(delta, moved))
         self.base += float(np.vdot(old, old))
@@ -52,7 +51,7 @@ def estimate(merging: Merging) -> Survival:
     sums = _Sums()
     for at in _sampled(merging):
         old = merging.sum.base_rows(at)
-        wanted = merging.sum.new_rows(at)
+        wanted = merging.sum.new_rows(at, start=old.copy())
         sums.add(old, wanted, merging.back(merging.rounded(at, wanted)))
     return _survival(merging, sums)
 
@@ -72,7 +71,7 @@ def _survival(merging: Merging, sums: _Sums) -> Survival:
 def _sampled(merging: Merging) -> list[Block]:
     """Rows here and there, the same ones for a name each time; in runs, which cost less to read."""
     matrices, rows, columns = merging.update.shape
-    total, run = matrices * rows, max(1, min(16, (1 << 14) // max(columns, 1)))
+    total, run = matrices * rows, max(1, min(16, (1 << 16) // max(columns, 1)))
     count = min(ROWS, max(LEAST, total // PART))
     if total <= count:
         return [Block(matrix, 0, rows) for matrix in range(matrices)]

@@ -110,9 +110,12 @@ class Sum:
             return self._read(*at, scratch)
         return self._replaced[at.matrix, at.first : at.stop].astype(self.dtype)
 
-    def new_rows(self, at: Block, scratch: Scratch | None = None) -> np.ndarray:
-        """The merged rows ``[count, columns]`` of a block, not rounded yet; in ``scratch`` where there is some."""
-        rows = self.base_rows(at, scratch)
+    def new_rows(self, at: Block, scratch: Scratch | None = None, start: np.ndarray | None = None) -> np.ndarray:
+        """The merged rows ``[count, columns]`` of a block, not rounded yet; in ``scratch`` where there is some.
+
+        They are made of ``start``, which are the base's rows and are changed, where somebody has read them.
+        """
+        rows = self.base_rows(at, scratch) if start is None else start
         if self.update.terms:
             keep, left, right = self.parts(at, rows)
             if keep is not None:
@@ -242,7 +245,7 @@ def shape_in_file(shape: tuple[int, ...], kind: str | None) -> tuple[int, int, i
     >>> shape_in_file((8, 16, 4), "experts"), shape_in_file((16, 3, 5, 5), "conv"), shape_in_file((7,), None)
     ((8, 16, 4), (1, 16, 75), (1, 1, 7))
     """
-    if kind == "experts" and len(shape) == 3:
+    if kind in ("experts", "stored") and len(shape) == 3:
         return shape[0], shape[1], shape[2]
     if kind == "conv":
         return 1, shape[0], math.prod(shape[1:])

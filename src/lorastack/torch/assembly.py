@@ -13,15 +13,17 @@ from torch import nn
 
 from lorastack.core.adapter import LoadedLora, LoraAdapter
 from lorastack.errors import LoraStackError, LoraStackWarning, Problems, UnsupportedError
+from lorastack.torch.activation import Activation
 from lorastack.torch.compiled import forget_compiled
 from lorastack.torch.entry import Entry, entries_of
 from lorastack.torch.experts import LiveParameter
 from lorastack.torch.layer import LiveLayer
+from lorastack.torch.layout import time_first
 from lorastack.torch.passes import Passes
 from lorastack.torch.places import Places
 from lorastack.torch.prepare import Candidate, prepare
 from lorastack.torch.prepared import Prepared
-from lorastack.torch.saved import Patch
+from lorastack.torch.saved import Patch, clashes
 from lorastack.torch.scales import Scales
 
 T = TypeVar("T")
@@ -66,6 +68,7 @@ class Assembly:
         self.candidates: list[Candidate] = []
         self.entries: list[Entry] = []
         self.scales = Scales()
+        self._turned: set[nn.Module] | None = None
         #: The layers at which more than ``s`` follows the scales.
         self._followers: list[Live] = []
         self.report = Report()
@@ -76,6 +79,10 @@ class Assembly:
     def names(self) -> tuple[str, ...]:
         """The adapters' names, in order."""
         return tuple(candidate.name for candidate in self.candidates)
+
+    def modules_now(self) -> dict[str, nn.Module]:
+        """Path -> module, of the model as it is."""
+        return dict(self.model.named_modules())
 
     def live_layers(self) -> list[LiveLayer]:
         """The layers that rows can be told apart at."""
@@ -135,7 +142,7 @@ class Assembly:
     ) -> tuple[list[Candidate], list[list[Prepared]], list[list[Patch]], dict[str, list[str]]]:
         """Everything made ready, nothing changed; one error lists all that does not fit."""
         staying = [n for n in range(len(self.candidates)) if n != without]
-        taken = {patch.claim: self.names[n] for n in staying for patch in self.patches[n]}
+        taken = {claim: self.names[n] for n in staying for patch in self.patches[n] for claim in patch.claims}
         names = [self.names[n] for n in staying]
         problems = Problems(f"the stack does not fit {type(self.model).__name__}")
         candidates, prepared, patches = [], [], []
@@ -149,12 +156,8 @@ class Assembly:
                 for line in error.problems or [str(error)]:
                     problems.add(f"{candidate.name}: {line}")
                 continue
-            for patch in own:
-                if patch.claim in taken:
-                    problems.add(
-                        f"{candidate.name} and {taken[patch.claim]} both replace {patch.claim}; attach only one"
-                    )
-                taken.setdefault(patch.claim, candidate.name)
+            for line in clashes(candidate.name, own, taken, "attach"):
+                problems.add(line)
             names.append(candidate.name)
             candidates.append(candidate)
             prepared.append(parts)
@@ -220,6 +223,7 @@ class Assembly:
         for patch in [patch for group in self.patches for patch in group]:
             patch.attach()
         self.passes.version += 1
+        self._set_activation()
         self._note_followers()
         self._rescale()
 
@@ -284,11 +288,14 @@ class Assembly:
     def _settle(self) -> None:
         """Bring hooks, scales and the report in line with the adapters there are."""
         self.scales.lay_out(list(self.layers.values()), [c.scale for c in self.candidates])
+        self._turned = turned = time_first(self.model) if self._turned is None else self._turned
         for layer in self.layers.values():
+            layer.time_first = layer.place.module in turned
             layer.attach()
         for patch in [patch for group in self.patches for patch in group]:
             patch.attach()
         self._set_entries()
+        self._set_activation()
         self.report.matched = {
             c.name: [name for name, layer in self.layers.items() if any(s.entry == n for s in layer.slots)]
             for n, c in enumerate(self.candidates)
@@ -296,6 +303,12 @@ class Assembly:
         self.report.nbytes = sum(layer.nbytes for layer in self.layers.values())
         self._note_followers()
         self._rescale()
+
+    def _set_activation(self) -> None:
+        slots = [slot for layer in self.live_layers() for slot in layer.slots]
+        tokens = {slot.entry: slot.tokens for slot in slots if slot.tokens is not None}
+        if tokens != (self.passes.activation.tokens if self.passes.activation else {}):
+            self.passes.activation = Activation(tokens) if tokens else None
 
     def _set_entries(self) -> None:
         hooked = [layer.place.module for layer in self.live_layers()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 from weakref import ref
 
 import torch
@@ -12,15 +13,17 @@ from lorastack.core.adapter import LoadedLora, LoraAdapter
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError
 from lorastack.torch.entry import Entry
-from lorastack.torch.experts import LoraWeight
 from lorastack.torch.handle import ATTACHED, Handle
 from lorastack.torch.layer import LiveLayer
-from lorastack.torch.saved import BiasPatch, TokenPatch, bring_back_replaced
-from lorastack.torch.wrappers import modules_of, unwrapped
+from lorastack.torch.parts import as_module, roots_of
+from lorastack.torch.saved import BiasPatch, bring_back_replaced
+from lorastack.torch.tokens import TokenPatch
+from lorastack.torch.weight import LoraWeight
+from lorastack.torch.wrappers import modules_of
 
 
 def attach(
-    model: nn.Module,
+    model: Any,
     stack: LoraStack | LoadedLora,
     *,
     dtype: torch.dtype | None = None,
@@ -30,13 +33,15 @@ def attach(
 
     Works on any ``torch.nn.Module``, above all on ``transformers`` models: linear layers (quantised ones
     of any library too, since only inputs and outputs are used), GPT-2's Conv1D, embeddings, convolutions
-    and experts kept as one parameter. Adapters with GGUF names are converted with the model's own
+    and experts kept as one parameter. Of a ``diffusers`` pipeline every model that the
+    adapters name gets what is its own: ``unet.``, ``transformer.``, ``text_encoder_2.``, ... are fronts of their
+    weights' names. Adapters with GGUF names are converted with the model's own
     configuration. The weights are not touched, and detaching leaves no trace.
 
     Parameters
     ----------
     model
-        The model whose weight names the adapters were trained with.
+        The model whose weight names the adapters were trained with, or a pipeline that holds it in its ``components``.
     stack
         Both of its lists are attached; the handle keeps a copy. A single adapter is taken at scale 1. An empty stack
         changes nothing until something is pushed to the handle.
@@ -76,24 +81,26 @@ def attach(
 
 
 def attach_all(
-    model: nn.Module,
+    model: Any,
     entries: Sequence[tuple[LoadedLora | LoraAdapter, float]],
     *,
     dtype: torch.dtype | None = None,
     allow_partial: bool = False,
 ) -> Handle:
     """As `attach`, for adapters of any naming side by side: each is converted to the model's own names."""
-    model = unwrapped(model)
+    model = as_module(model)
     refuse_attached(model)
     handle = Handle(model, dtype, allow_partial)
     handle._assembly.owner = handle
     try:
         handle._assembly.add(entries)
-        ATTACHED[model] = ref(handle)
+        for root in roots_of(model):
+            ATTACHED[root] = ref(handle)
         return handle
     except BaseException:
         handle._assembly.clear()
-        ATTACHED.pop(model, None)
+        for root in roots_of(model):
+            ATTACHED.pop(root, None)
         raise
 
 
@@ -109,17 +116,18 @@ def refuse_attached(model: nn.Module) -> None:
             )
 
 
-def detach(model: nn.Module) -> None:
+def detach(model: Any) -> None:
     """Take off whatever stack a model has, also one that came along when an attached model was copied.
 
     A handle detaches what it attached; this is for a model whose handle is not at hand.
     """
-    model = unwrapped(model)
-    known = ATTACHED.get(model)
-    handle = known() if known is not None else None
-    if handle is not None:
-        handle.detach()
-    ATTACHED.pop(model, None)
+    model = as_module(model)
+    for root in roots_of(model):
+        known = ATTACHED.get(root)
+        handle = known() if known is not None else None
+        if handle is not None:
+            handle.detach()
+        ATTACHED.pop(root, None)
     bring_back_replaced(model)
     for module in modules_of(model):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 #: Methods that set up weights and compute nothing.
-_SETUP = re.compile(r"_*(init|reset|tie|load|resize|__init__)")
+_SETUP = re.compile(r"_*(init|reset|tie|load|resize|fuse|unfuse|__init__)")
 #: What reads of a weight only what it is like.
 _ASKS = r"(?!\.(?:dtype|device|shape|size|ndim|dim|numel|requires_grad|data_ptr|is_meta|element_size)\b)"
 

@@ -28,20 +28,31 @@ class Dora:
         module: Any = place.module
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight = module.weight.detach().to(wide)
-        weight = weight.t() if is_conv1d(module) else weight
+        weight = weight.t() if is_conv1d(module) or place.kind == "embedding" else weight
         a, b = (to_torch(factor, wide, place.device) for factor in delta.factors)
-        norm = row_norms(weight.reshape(weight.shape[0], -1), a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1),
-                         delta.scaling)  # fmt: skip
+        flat = weight.reshape(weight.shape[0], -1)
+        if place.kind == "conv" and module.groups > 1:
+            norm = (flat + delta.scaling * _grouped(a, b, module.groups).reshape(flat.shape)).norm(dim=1)
+        else:
+            norm = row_norms(flat, a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1), delta.scaling)
         m = to_torch(magnitude, wide, place.device).reshape(-1)
         trailing = [1] * (weight.dim() - 2)  # a convolution's channels come before its positions
         self.ratio = (m / norm).to(dtype).view(-1, *trailing)
-        bias = module.bias
+        bias = getattr(module, "bias", None)
         self.base_bias = None if bias is None else bias.detach().to(dtype).view(-1, *trailing)
 
     def change(self, result: torch.Tensor, y: torch.Tensor, scaling: float, scaled: torch.Tensor) -> torch.Tensor:
         """What this adapter adds to ``result``; ``y`` is B A x, ``scaled`` the stack's scale times ``scaling``."""
         base = result if self.base_bias is None else result - self.base_bias
         return scaled * ((self.ratio - 1) / scaling * base + self.ratio * y)
+
+
+def _grouped(a: torch.Tensor, b: torch.Tensor, groups: int) -> torch.Tensor:
+    """What PEFT takes the norms of where a convolution has groups: the factors' numbers, each put into one matrix."""
+    out, rank = b.shape[:2]
+    rows, ranks = out // groups, rank // groups
+    own = torch.cat([b[g * rows : (g + 1) * rows, g * ranks : (g + 1) * ranks] for g in range(groups)])
+    return own.reshape(-1, rank) @ a.reshape(rank, -1)
 
 
 def row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:

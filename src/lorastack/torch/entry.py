@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lorastack.torch.parts import roots_of
 from lorastack.torch.passes import CURRENT, Passes, eager, not_pickled
 from lorastack.torch.wrappers import parents_of
 
@@ -69,7 +70,7 @@ class Entry:
         self.passes.enter(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.passes.leave(module)
+        self.passes.leave(module, output)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         running = CURRENT.running
@@ -94,7 +95,9 @@ def _outside_compiled_code() -> _Eager:
 
 
 def entries_of(passes: Passes, model: nn.Module, hooked: Iterable[nn.Module]) -> list[Entry]:
-    """The model, and what of it is called alone: models inside it (encoders, vision towers) and the blocks of lists."""
+    """The model or each part of a pipeline, and what of it is called alone: models inside it (encoders, vision
+    towers) and the blocks of lists.
+    """
     parents = parents_of(model)
     above: dict[nn.Module, None] = {}  # the modules with a hooked one below them
     below = list(hooked)
@@ -103,8 +106,10 @@ def entries_of(passes: Passes, model: nn.Module, hooked: Iterable[nn.Module]) ->
             if parent not in above:
                 above[parent] = None
                 below.append(parent)
-    inside = [module for module in above if module is not model and _is_called_alone(module, parents[module])]
-    return [Entry(passes, model, True), *(Entry(passes, module, False) for module in inside)]
+    roots = roots_of(model)
+    tops = {id(model), *map(id, roots)}
+    inside = [module for module in above if id(module) not in tops and _is_called_alone(module, parents[module])]
+    return [*(Entry(passes, root, True) for root in roots), *(Entry(passes, module, False) for module in inside)]
 
 
 def _is_called_alone(module: nn.Module, parents: list[nn.Module]) -> bool:

@@ -29,12 +29,13 @@ class Factors:
         self.b = torch.empty(0)
         self.s = torch.empty(0)
         self.in_order = False  # adapter after adapter instead of all at once: DoRA, or NaN that was let in
+        self.gated = False  # an adapter acts from its invocation tokens on only
 
     def add(self, entry: int, part: Prepared) -> None:
         """Put an adapter's factors behind the others'."""
         self._append(part.a, part.b, part.rank)
-        self.slots.append(Slot(entry, part.rank, part.scaling, part.dora, part.bias, part.finite))
-        self.in_order = any(slot.dora is not None or not slot.finite for slot in self.slots)
+        self.slots.append(Slot(entry, part.rank, part.scaling, part.dora, part.bias, part.finite, part.tokens))
+        self._note_slots()
 
     def _append(self, a: torch.Tensor, b: torch.Tensor, rank: int) -> None:
         total = self.rank + rank
@@ -69,7 +70,11 @@ class Factors:
                 self.rank = self._a.shape[0]
             self._narrow()
         self.slots = kept
+        self._note_slots()
+
+    def _note_slots(self) -> None:
         self.in_order = any(slot.dora is not None or not slot.finite for slot in self.slots)
+        self.gated = any(slot.tokens is not None for slot in self.slots)
 
     def state(self) -> dict[str, object]:
         """What `restore` brings back: numbers beyond the rank may be written meanwhile, those within it are not."""

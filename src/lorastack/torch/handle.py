@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary
 
@@ -16,8 +16,11 @@ from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, Problems, UnknownNameError, UnsupportedError, did_you_mean
 from lorastack.torch.assembly import Assembly, Live, Report
 from lorastack.torch.experts import LiveParameter
+from lorastack.torch.layout import without_rows
+from lorastack.torch.parts import Parts, roots_of
 from lorastack.torch.plan import Plan, plan_of_context
 from lorastack.torch.rows import Mixture
+from lorastack.torch.schedule import Schedule
 
 __all__ = ["ATTACHED", "Handle", "Report"]
 
@@ -55,6 +58,7 @@ class Handle:
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, allow_partial: bool) -> None:
         self.model = model
         self._assembly = Assembly(model, dtype, allow_partial)
+        self._schedule: Schedule | None = None
         self.attached = True
 
     # What is attached
@@ -116,8 +120,60 @@ class Handle:
         ArgumentError
             When a scale is no finite number, in the type a layer computes in too; nothing is changed then.
         """
-        positions = {self._position(name): _checked(scale) for name, scale in scales.items()}
-        self._assembly.set_scales(positions)
+        schedule = self._schedule
+        if schedule is not None and schedule.active and (due := schedule.names & set(scales)):
+            raise ArgumentError(f"a schedule sets the scale of {', '.join(sorted(due))} at each step until it ends")
+        self._set_scales(scales)
+
+    def _set_scales(self, scales: Mapping[str, float]) -> None:
+        self._assembly.set_scales({self._position(name): _checked(scale) for name, scale in scales.items()})
+
+    def schedule(self, scales: Mapping[str, Callable[[int], float]]) -> Schedule:
+        """A callback that sets scales between a pipeline's steps: ``pipe(..., callback_on_step_end=callback)``.
+
+        Each function is given the number of a step, from 0 on, and gives the scale that the adapter has in it. Step 0's
+        scales hold at once, for text encoders too, which run before the steps. After the last step the scales are what
+        they were; use it as ``with handle.schedule(...) as callback:`` for several calls, or where one may be broken
+        off. Only the thread that made it may pass meanwhile: give another one a pipeline and a handle of its own.
+
+        Raises
+        ------
+        UnknownNameError
+            Listing the names there are.
+        ArgumentError
+            When a scale is no finite number, or another schedule sets scales still.
+
+        Example
+        -------
+        >>> from types import SimpleNamespace
+        >>> from lorastack import LoadedLora
+        >>> from lorastack.torch import attach
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
+        >>> a, b = torch.ones(1, 3).numpy(), torch.ones(2, 1).numpy()
+        >>> handle = attach(model, LoadedLora.from_tensors({"0.weight": (a, b)}, name="ink"))
+        >>> pipe = SimpleNamespace(num_timesteps=3)
+        >>> callback, seen = handle.schedule({"ink": lambda step: 1 - step / 2}), []
+        >>> for step in range(3):
+        ...     seen.append(handle.scales["ink"])
+        ...     _ = callback(pipe, step, None, {})
+        >>> seen, handle.scales["ink"]
+        ([1.0, 0.5, 0.0], 1.0)
+        """
+        self._check_free("schedule()")
+        if self._schedule is not None and self._schedule.active:
+            raise ArgumentError(
+                "another schedule sets scales still; it ends with the pipeline's last step, or with its close()"
+            )
+        for name in scales:
+            self._position(name)
+        new = Schedule(self, scales)
+        self._schedule = self._assembly.passes.schedule = new
+        try:
+            new._set(0)
+        except BaseException:
+            new.active = False
+            raise
+        return new
 
     def push(self, adapter: LoadedLora | LoraAdapter, scale: float = 1.0) -> str:
         """Attach one more adapter on top; returns its name here.
@@ -184,9 +240,15 @@ class Handle:
         ShapeError
             In a pass whose batch has another number of rows.
         UnsupportedError
-            Listing every adapter with DoRA, biases, saved modules, new tokens or experts, which have no row.
+            Listing every adapter with DoRA, biases, saved modules, new tokens or experts, which have no row; and on a
+            pipeline, which makes rows of its own of the prompts.
         """
         self._check_attached()
+        if isinstance(self.model, Parts):
+            raise UnsupportedError(
+                f"rows() cannot tell the rows of a {type(self.model).__name__}: for guidance, and for several images, "
+                "it has each prompt in a batch several times; call it once for each mixture, between set_scales()"
+            )
         mixtures = [dict(mixture) for mixture in mixtures]
         self._table(mixtures)
         if copies < 1:
@@ -209,7 +271,10 @@ class Handle:
 
         def make() -> tuple[Mixture, dict[str, Any]]:
             mixture = Mixture(self._table(mixtures or ()), index)
-            ways = {layer.name: mixture.way(layer, layer.kind == "linear") for layer in assembly.live_layers()}
+            ways = {
+                layer.name: mixture.way(layer, layer.kind == "linear" and not layer.gated)
+                for layer in assembly.live_layers()
+            }
             return mixture, ways
 
         return Plan(assembly.passes.number, assembly.passes.holders, mixtures, make, index, copies)
@@ -240,8 +305,12 @@ class Handle:
         found = []
         if any(slot.dora is not None for _, slot in slots):
             found.append("it has DoRA magnitudes")
-        if any(slot.bias is not None for _, slot in slots):
-            found.append("it has lora_B biases")
+        modules = self._assembly.modules_now()
+        for layer, _ in slots:
+            path = layer.place.name.rpartition(".")[0].rpartition(".")[0]
+            if why := without_rows(layer.place.name, modules.get(path)):
+                found.append(why)
+        found = list(dict.fromkeys(found))
         if any(isinstance(layer, LiveParameter) for layer, _ in slots):
             found.append("it changes experts or bare parameters, whose tokens are no longer in rows")
         if any(not slot.finite and layer.kind in ("embedding", "conv") for layer, slot in slots):
@@ -258,7 +327,8 @@ class Handle:
         self._check_free("detach()")
         self._assembly.clear()
         self.attached = False
-        ATTACHED.pop(self.model, None)
+        for root in roots_of(self.model):
+            ATTACHED.pop(root, None)
 
     def __enter__(self) -> Handle:
         return self

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lorastack.torch.activation import mask
 from lorastack.torch.factors import Factors
 from lorastack.torch.passes import CURRENT, Pass, Passes, eager, not_pickled
 from lorastack.torch.places import Place
@@ -32,6 +33,8 @@ class LiveLayer(Factors):
         #: Whether a pass got here.
         self.reached = False
         self.bias: torch.Tensor | None = None
+        #: Whether the batch is the second axis here.
+        self.time_first = False
         self.embed_scale = getattr(place.module, "embed_scale", None) if place.kind == "embedding" else None
         self._handle: Any = None
 
@@ -80,8 +83,14 @@ class LiveLayer(Factors):
     def _linear(self, running: Pass, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
+        if self.gated:
+            return self._acting(running, x, output)
         if running.mixture is not None:
             way = running.ways[self.name]
+            if self.time_first:
+                turned = x.transpose(0, 1), output.transpose(0, 1)
+                added: torch.Tensor = running.mixture.add_linear(way, running, *turned, False)
+                return added.transpose(0, 1)
             return running.mixture.add_linear(way, running, x, output, self.may_add_in_place(output))
         if self.in_order:
             return self._one_by_one(x, output, lambda t, a: F.linear(t, a), lambda t, b: F.linear(t, b))
@@ -95,6 +104,25 @@ class LiveLayer(Factors):
             return self._biased(output)
         return self._biased(torch.addmm(flat, h, self.b.t()).view(output.shape))
 
+    def _acting(self, running: Pass, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Adapter after adapter, each where it acts."""
+        h = F.linear(x, self.a)
+        if running.mixture is None:
+            h = h * self.s
+        else:
+            h = running.mixture.scale(running.ways[self.name], running, h, x)
+        result, start = output.to(h.dtype), 0
+        for slot in self.slots:
+            stop = start + slot.rank
+            y = F.linear(h[..., start:stop], self.b[:, start:stop])
+            if slot.bias is not None:
+                y = y + self.s[start] * slot.bias
+            if slot.tokens is not None:
+                y = torch.where(mask(running.acting[slot.entry], y), y, 0)
+            result = result + y
+            start = stop
+        return result.to(output.dtype)
+
     def may_add_in_place(self, output: torch.Tensor) -> bool:
         """Whether the output is a fresh tensor that nobody else has seen, which saves a copy of it."""
         module = self.place.module
@@ -104,23 +132,40 @@ class LiveLayer(Factors):
 
     def _embedding(self, running: Pass, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         # F.embedding wants rows by token; A is kept [R, vocabulary], so the columns are picked instead.
-        h = self.a[:, ids.reshape(-1)].t().reshape(*ids.shape, -1)
+        if self.in_order and running.mixture is None:
+            return self._one_by_one(ids, output, self._rows_of, self._widened)
+        h = self._rows_of(ids, self.a)
         if running.mixture is None:
             h = h * self.s
+        elif self.time_first:
+            h = running.mixture.scale(running.ways[self.name], running, h.transpose(0, 1), h).transpose(0, 1)
         else:
+            if running.is_shared(ids):  # positions, looked up once: the rows differ in what comes of them
+                h = h.expand(running.rows, *h.shape[-2:])
             h = running.mixture.scale(running.ways[self.name], running, h, h)
-        y = F.linear(h, self.b)
-        if self.embed_scale is not None:
-            y = y * self.embed_scale.to(y.dtype)
+        y = self._widened(h, self.b)
         return (output.to(y.dtype) + y).to(output.dtype)
+
+    @staticmethod
+    def _rows_of(ids: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return a[:, ids.reshape(-1)].t().reshape(*ids.shape, -1)
+
+    def _widened(self, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        y = F.linear(h, b)
+        return y if self.embed_scale is None else y * self.embed_scale.to(y.dtype)
 
     def _conv(self, running: Pass, module: Any, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)
 
         def shrink(t: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-            return module._conv_forward(t, a, None)  # the module's own stride, padding and dilation
+            if module.groups == 1:
+                return module._conv_forward(t, a, None)  # the module's own stride, padding and dilation
+            if module.padding_mode != "zeros":
+                t = F.pad(t, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+            padding = module.padding if module.padding_mode == "zeros" else 0
+            return conv(t, a, None, module.stride, padding, module.dilation)
 
-        conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
+        conv: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
         if self.in_order and running.mixture is None:
             return self._one_by_one(x, output, shrink, conv)
         h = shrink(x, self.a)
@@ -131,7 +176,9 @@ class LiveLayer(Factors):
         else:
             last = running.mixture.scale(running.ways[self.name], running, last, last)
         y = conv(last.movedim(-1, channels).contiguous(), self.b)
-        if self.bias is not None:
+        if running.mixture is not None:
+            y = running.mixture.with_bias(running.ways[self.name], y.movedim(channels, -1)).movedim(-1, channels)
+        elif self.bias is not None:
             y = y + self.bias.view(-1, *[1] * len(module.kernel_size))
         return (output.to(y.dtype) + y).to(output.dtype)
 

@@ -17,11 +17,12 @@ from lorastack.core.adapter import LoadedLora
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, Problems, UnsupportedError
 from lorastack.torch.attach import refuse_attached
+from lorastack.torch.parts import as_module, roots_of
 from lorastack.torch.places import Place, Places, is_conv1d
 from lorastack.torch.prepare import Candidate, prepare
 from lorastack.torch.prepared import Prepared
-from lorastack.torch.saved import BiasPatch, ModulePatch, Patch, TokenPatch
-from lorastack.torch.wrappers import unwrapped
+from lorastack.torch.saved import BiasPatch, ModulePatch, Patch, ShownPatch, clashes
+from lorastack.torch.tokens import TokenPatch
 from lorastack.ways import Way, ways
 
 #: Numbers of a block: of a large weight no second copy is made in float32.
@@ -39,6 +40,7 @@ class _Kept(NamedTuple):
     name: str
     parameter: nn.Parameter | None
     numbers: torch.Tensor | None
+    buffer: torch.Tensor | None = None
 
 
 class MergedStack:
@@ -69,17 +71,21 @@ class MergedStack:
         if not self.merged:
             return
         refuse_attached(self.model)
-        all_of_it = _MERGED.get(self.model, [])
-        if all_of_it and all_of_it[-1] is not self:
-            raise ArgumentError(f"{all_of_it[-1]!r} was merged later; take that back first")
+        every = [_MERGED[root] for root in roots_of(self.model) if root in _MERGED]
+        later = next((one[-1] for one in every if one and one[-1] is not self), None)
+        if later is not None:
+            raise ArgumentError(f"{later!r} was merged later; take that back first")
         self._bring_back()
         self.merged = False
-        if all_of_it:
-            all_of_it.pop()
+        for one in every:
+            one.pop()
 
     def _bring_back(self) -> None:
         with torch.no_grad():
-            for module, name, parameter, numbers in reversed(self._kept):
+            for module, name, parameter, numbers, buffer in reversed(self._kept):
+                if buffer is not None:
+                    module._buffers[name] = buffer
+                    continue
                 if parameter is not None and numbers is not None:
                     parameter.copy_(numbers)
                 module._parameters[name] = parameter
@@ -105,14 +111,15 @@ class MergedStack:
 
 
 def merge_into(
-    model: nn.Module, stack: LoraStack | LoadedLora, *, keep_on_cpu: bool = False, exact: bool = False
+    model: Any, stack: LoraStack | LoadedLora, *, keep_on_cpu: bool = False, exact: bool = False
 ) -> MergedStack:
     """Add a stack's updates to the weights of a live model; `MergedStack.undo` takes them back, to the bit.
 
     Parameters
     ----------
     model
-        The model whose weight names the adapters were trained with; its weights are float32, float16 or bfloat16.
+        The model whose weight names the adapters were trained with, or a pipeline of such; its weights are
+        float32, float16 or bfloat16.
     stack
         Both of its lists, or a single adapter at scale 1.
     keep_on_cpu
@@ -140,7 +147,7 @@ def merge_into(
     >>> torch.equal(model[0].weight, before)
     True
     """
-    model = unwrapped(model)
+    model = as_module(model)
     refuse_attached(model)
     stack = LoraStack([(stack, 1.0)]) if isinstance(stack, LoadedLora) else stack
     places, wide = Places(model), torch.float64 if exact else torch.float32
@@ -156,7 +163,8 @@ def merge_into(
     except BaseException:
         done._bring_back()
         raise
-    _MERGED.setdefault(model, []).append(done)
+    for root in roots_of(model):
+        _MERGED.setdefault(root, []).append(done)
     return done
 
 
@@ -177,11 +185,14 @@ def _prepared(candidates: Sequence[Candidate], places: Places, wide: torch.dtype
             continue
         if candidate.scale == 0:
             continue
+        if any(part.tokens for part in own):
+            problems.add(
+                f"{candidate.name}: it acts from its invocation tokens on only, not in every token{ways(_ATTACH)}"
+            )
         for part in own:
             parts.setdefault(part.place.name, []).append((candidate.scale, part))
-        for patch in replaced:
-            if owners.setdefault(patch.claim, candidate.name) != candidate.name:
-                problems.add(f"{owners[patch.claim]} and {candidate.name} both replace {patch.claim}; merge only one")
+        for line in clashes(candidate.name, replaced, owners, "merge"):
+            problems.add(line)
         patches += replaced
     problems.raise_any(UnsupportedError)
     return parts, patches
@@ -192,6 +203,8 @@ def _check(parts: _Parts, patches: Sequence[Patch], places: Places) -> None:
     problems = Problems("the stack cannot be merged into the model")
     for name, at in parts.items():
         place = at[0][1].place
+        if getattr(place.module, "groups", 1) != 1:
+            problems.add(f"weight {name} is in groups, and the update of all its channels{ways(_ATTACH)}")
         weight = place.module._parameters.get(place.parameter)
         if weight is None or weight.dtype not in _FLOATS or weight.device.type == "meta":
             problems.add(f"weight {name} is packed, or kept elsewhere, and cannot be written to{ways(_ATTACH)}")
@@ -207,6 +220,10 @@ def _merge(
             for name, parameter in patch.copy._parameters.items():
                 if parameter is not None and parameter is not patch.module._parameters.get(name):
                     done._put(patch.module, name, parameter)
+            for name, buffer in patch.copy._buffers.items():
+                if (own := patch.module._buffers.get(name)) is not None and own is not buffer:
+                    done._kept.append(_Kept(patch.module, name, None, None, own))
+                    patch.module._buffers[name] = buffer
     for at in parts.values():
         place = at[0][1].place
         _own(done, place.module, place.parameter, shared, on_cpu)
@@ -222,8 +239,13 @@ def _merge(
             assert bias is not None
             done._keep(patch.module, "bias", on_cpu)
             bias.copy_((bias.to(wide) + patch.difference.to(wide)).to(bias.dtype))
+        elif isinstance(patch, ShownPatch):
+            own = patch.module._parameters[patch.key]
+            assert own is not None
+            done._keep(patch.module, patch.key, on_cpu)
+            own.copy_(patch.tensor)
         elif isinstance(patch, TokenPatch):
-            _put_tokens(done, patch, on_cpu)
+            _put_tokens(done, patch, places, on_cpu)
 
 
 def _shared(places: Places) -> set[int]:
@@ -251,7 +273,7 @@ def _add(weight: torch.Tensor, at: Sequence[tuple[float, Prepared]], place: Plac
     matrices = weight if place.kind == "parameter" and weight.dim() == 3 else weight.detach()[None]
     for n, matrix in enumerate(matrices):
         flat = matrix.view(matrix.shape[0], -1) if matrix.is_contiguous() else matrix
-        turned = _turned(place, flat, at[0][1])
+        turned = _turned(place, at[0][1])
         for rows in _blocks(flat):
             new = flat[rows].to(wide)
             for scale, part in at:
@@ -266,11 +288,10 @@ def _add(weight: torch.Tensor, at: Sequence[tuple[float, Prepared]], place: Plac
             flat[rows] = new.to(weight.dtype)
 
 
-def _turned(place: Place, flat: torch.Tensor, part: Prepared) -> bool:
+def _turned(place: Place, part: Prepared) -> bool:
     """Whether the weight is kept [in, out]."""
     if place.kind == "parameter":
-        wanted = (part.b.shape[-2], part.a.shape[-1])
-        return tuple(flat.shape) != wanted or bool(getattr(place.module, "is_transposed", False))
+        return place.turned(part.b.shape[-2], part.a.shape[-1])
     return place.kind == "embedding" or is_conv1d(place.module)
 
 
@@ -300,11 +321,15 @@ def _add_biases(
     own.copy_((own.to(total.dtype) + total).to(own.dtype))
 
 
-def _put_tokens(done: MergedStack, patch: TokenPatch, on_cpu: bool) -> None:
-    """Write trained rows into an embedding, and into a head that was tied to it."""
-    for module in {id(m): m for m in (patch.module, patch.head) if m is not None}.values():
-        weight = module._parameters["weight"]
-        assert weight is not None
-        if not any(k.parameter is weight and k.numbers is not None for k in done._kept):
-            done._keep(module, "weight", on_cpu)
-        weight[patch.ids] = patch.rows.to(weight.dtype)
+def _put_tokens(done: MergedStack, patch: TokenPatch, places: Places, on_cpu: bool) -> None:
+    """Write trained rows into every module that has them; one that shares its weight with others gets its own."""
+    weight = patch.modules[0]._parameters["weight"]
+    others = [m for m in places.modules.values() if m._parameters.get("weight") is weight and m not in patch.modules]
+    if others:
+        new = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        for module in patch.modules:
+            done._put(module, "weight", new)
+        weight = new
+    elif not any(k.parameter is weight and k.numbers is not None for k in done._kept):
+        done._keep(patch.modules[0], "weight", on_cpu)
+    weight[patch.ids] = patch.rows.to(weight.dtype)

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from lorastack.errors import ArgumentError
-from lorastack.torch.plan import Plan, batch_of, plan_of_context
+from lorastack.torch.activation import Acting, Activation
+from lorastack.torch.plan import Plan, batch_of, is_uneven, plan_of_context
 
 _NUMBERS = itertools.count(1)
 #: How often a change that waits looks whether the passes it waits for are still there.
@@ -31,7 +32,7 @@ _OURS = str(Path(__file__).parent)
 class Pass:
     """One forward pass of one handle, in one thread."""
 
-    __slots__ = ("entry", "frame", "logits", "mixture", "number", "outer", "rows", "thread", "ways")
+    __slots__ = tuple("acting entry frame length logits mixture number outer rows thread uneven ways".split())
 
     def __init__(self, number: int, entry: Any) -> None:
         #: Of the handle: compiled code compares numbers, which it may keep as constants.
@@ -45,7 +46,18 @@ class Pass:
         self.mixture: Any = None
         self.ways: dict[str, Any] = {}
         self.rows = 0
+        #: Tokens of a row at the entry, and whether the rows have pictures of several sizes.
+        self.length = 0
+        self.uneven = False
         self.logits: torch.Tensor | None = None
+        #: Where adapters with invocation tokens act.
+        self.acting: Acting = {}
+
+    def is_shared(self, ids: torch.Tensor) -> bool:
+        """Whether what is looked up is one for all rows: positions ``[1, tokens]`` or ``[tokens]``."""
+        if self.rows < 2 or self.length == 0:
+            return False
+        return ids.shape[0] == 1 if ids.dim() == 2 else ids.dim() == 1 and ids.shape[0] != self.rows * self.length
 
 
 class _Current(threading.local):
@@ -63,7 +75,11 @@ class Passes:
         self.number = next(_NUMBERS)
         #: Grows when adapters come or go: what a plan made of the factors before is made anew.
         self.version = 0
+        #: Of adapters that act from their invocation tokens on; None without such.
+        self.activation: Activation | None = None
         self.holders: set[Any] = set()
+        #: What sets scales between the passes of its thread, step by step; see `Handle.schedule`.
+        self.schedule: Any = None
         self._live: set[Pass] = set()
         self._changer: int | None = None
         # Held by itself where nobody waits, since a condition's own way in is Python. One thread may take it twice: an
@@ -87,6 +103,12 @@ class Passes:
             outer = CURRENT.running
         if outer is not None and outer.number == self.number:
             return None
+        schedule = self.schedule
+        if schedule is not None and schedule.active and schedule.thread != threading.get_ident():
+            raise ArgumentError(
+                "a schedule of another thread sets the scales step by step, and this pass would get some of them; give "
+                "this thread a pipeline and a handle of its own, or pass once the schedule has ended"
+            )
         plan = self._plan(bool(getattr(entry, "training", False)))
         new = Pass(self.number, entry)
         new.frame = _caller()
@@ -97,18 +119,24 @@ class Passes:
         try:
             if plan is not None and plan.mixtures is not None:
                 new.mixture, new.ways = plan.made(self.version)
-                new.rows = plan.check_batch(batch_of(args, kwargs))
+                batch, new.length = batch_of(args, kwargs)
+                new.rows = plan.check_batch(batch)
+                new.uneven = is_uneven(kwargs, new.rows)
                 new.logits = plan.logits_of(kwargs)
+            if self.activation is not None:
+                new.acting = self.activation.of(args, kwargs)
         except BaseException:
             self._end(new)
             raise
         new.outer, CURRENT.running = outer, new
         return new
 
-    def leave(self, entry: Any) -> None:
+    def leave(self, entry: Any, output: Any = None) -> None:
         """End the pass that began at ``entry``; nothing when it did not begin one."""
         running = CURRENT.running
         if running is not None and running.number == self.number and running.entry is entry:
+            if running.acting and self.activation is not None:
+                self.activation.left(output, running.acting)
             CURRENT.running = running.outer
             self._end(running)
 

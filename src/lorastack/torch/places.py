@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from lorastack.base.architectures import BY_HF
-from lorastack.base.model import BaseModel
+from lorastack.base.model import BaseModel, Use
 from lorastack.base.tables import renaming_of_model
 from lorastack.core.delta import LoraDelta
 from lorastack.torch.bypass import reads_weight
+from lorastack.torch.parts import Parts
 from lorastack.torch.wrappers import Where, index_of, offloaded_to
 
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
@@ -49,12 +50,24 @@ class Place(NamedTuple):
             return f"the module is {have[0]} -> {have[1]}, the update {delta.in_features} -> {delta.out_features}"
         return None
 
+    def turned(self, rows: int, columns: int) -> bool:
+        """Whether a parameter is the transpose of a product that is ``[..., rows, columns]``.
+
+        Where it is square, a module of experts says so.
+        """
+        shape = tuple(getattr(self.module, self.parameter).shape)
+        if rows != columns:
+            return shape[-2:] != (rows, columns)
+        return len(shape) == 3 and says_turned(self.module)
+
 
 class Places:
     """Every weight of a model by name, found when asked for; what wraps a module has no part in its name."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        if isinstance(model, Parts):
+            model.refresh()
         self._index: dict[str, Where] = index_of(model)
         self.modules: dict[str, nn.Module] = {path: where.module for path, where in self._index.items()}
         self._default = _model_dtype(model)
@@ -102,16 +115,21 @@ class Places:
         config: Any = getattr(model, "config", None)
         said = config.to_dict() if hasattr(config, "to_dict") else dict(vars(config)) if config is not None else {}
         shapes: dict[str, tuple[int, ...]] = {}
+        first: dict[int, str] = {}
+        tied: dict[str, str] = {}
         for path, module in self.modules.items():
             start = f"{path}." if path else ""
             for name, tensor in module._parameters.items():
                 if tensor is not None:
                     shapes[start + name] = tuple(tensor.shape) if tensor.is_floating_point() else ()
+                    if (of := first.setdefault(id(tensor), start + name)) != start + name:
+                        tied[start + name] = of
             if _kind(
                 module, "weight"
             ):  # a quantised module has its weight under other names, and in a shape of its own
                 shapes.setdefault(f"{start}weight", ())
         architecture = type(model).__name__
+        parts = model.names if isinstance(model, Parts) else ()
         if architecture not in BY_HF and getattr(config, "architectures", None):
             architecture = config.architectures[0]
         return BaseModel(
@@ -121,13 +139,42 @@ class Places:
             said,
             shapes,
             prefix=getattr(model, "base_model_prefix", None),
-            renaming=lambda: renaming_of_model(model),
+            tied=tied,
+            renaming=lambda: None if parts else renaming_of_model(model),
+            parts=parts,
+            use=self._use,
         )
+
+    def _use(self, name: str) -> Use | None:
+        place = self.get(name)
+        if place is None or place.kind == "conv":
+            return None
+        if place.kind == "parameter":
+            stacked = getattr(place.module, place.parameter).dim() == 3
+            return Use("experts", says_turned(place.module)) if stacked else None
+        if place.kind == "embedding":
+            return Use("embedding", True)
+        turned = _keeps_turned(place.module)
+        return None if turned is None else Use("linear", turned)
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D: a linear layer that keeps its weight ``[in, out]``."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _keeps_turned(module: Any) -> bool | None:
+    """Whether a linear layer keeps its weight ``[in, out]``; None where nothing tells, of a square one of any class."""
+    if is_conv1d(module) or isinstance(module, nn.Linear):
+        return is_conv1d(module)
+    n_in, n_out = linear_features(module)
+    shape = tuple(getattr(module.weight, "shape", ()))
+    return None if n_in == n_out or shape not in ((n_in, n_out), (n_out, n_in)) else shape == (n_in, n_out)
+
+
+def says_turned(module: nn.Module) -> bool:
+    """Whether a module of experts says that it keeps them ``[E, in, out]``."""
+    return bool(getattr(module, "is_transposed", False))
 
 
 def linear_features(module: Any) -> tuple[int, int]:
@@ -157,8 +204,6 @@ def _model_dtype(model: nn.Module) -> torch.dtype:
 def _conv_misfit(module: Any, delta: LoraDelta) -> str | None:
     if delta.kind != "conv":
         return f"{type(module).__name__} takes convolution factors, the adapter has {delta.kind} ones"
-    if module.groups != 1:
-        return f"the convolution has {module.groups} groups; only one group is supported"
     have = (module.in_channels, module.out_channels, tuple(module.kernel_size))
     want = (delta.in_features, delta.out_features, delta.factors[0].shape[2:])
     return None if have == want else f"the convolution is {have}, the update {want} (in, out, kernel)"
@@ -166,8 +211,10 @@ def _conv_misfit(module: Any, delta: LoraDelta) -> str | None:
 
 def _parameter_misfit(weight: torch.Tensor, delta: LoraDelta) -> str | None:
     shape, plain = tuple(weight.shape), (delta.out_features, delta.in_features)
-    wanted = (delta.num_experts, *plain) if delta.kind == "experts" else plain
+    wanted = (delta.num_experts, *plain) if delta.num_experts else plain
     turned = (*wanted[:-2], wanted[-1], wanted[-2])
-    if delta.kind in ("linear", "experts") and (shape == wanted or (delta.kind == "experts" and shape == turned)):
+    if delta.kind in ("linear", "experts", "stored") and (
+        shape == wanted or (delta.kind == "experts" and shape == turned)
+    ):
         return None
     return f"the parameter is {list(shape)}, the update {list(wanted)} ({delta.kind})"

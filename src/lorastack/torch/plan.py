@@ -118,16 +118,37 @@ _INPUTS = (
 ).split()
 
 
-def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """The rows of a call's batch; None when it has no tensor that tells."""
+def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int | None, int]:
+    """The rows of a call's batch, None when it has no tensor that tells; and its tokens in each, 0 where not known."""
     named = (kwargs[name] for name in _INPUTS if name in kwargs) if kwargs else ()
     for tensor in itertools.chain(named, args, kwargs.values()):
         if isinstance(tensor, torch.Tensor) and tensor.dim() > 0:
-            return int(tensor.shape[0]) if tensor.dim() > 1 else 1
-    return None
+            batch = int(tensor.shape[0]) if tensor.dim() > 1 else 1
+            return batch, int(tensor.shape[1]) if tensor.dim() > 1 and not _is_sound(tensor) else 0
+    return None, 0
 
 
-def rows_of_layer(x: torch.Tensor, batch: int) -> int:
+def _is_sound(tensor: torch.Tensor) -> bool:
+    """Whether this is sound or a picture, whose second axis is not that of tokens."""
+    return tensor.is_floating_point() and tensor.dim() != 3
+
+
+#: The sizes of the pictures and films of a batch, in patches, ``[pictures, 3]``.
+_GRIDS = ("image_grid_thw", "video_grid_thw", "grid_thw")
+
+
+def is_uneven(kwargs: Mapping[str, Any], rows: int) -> bool:
+    """Whether pictures differ in size, or in number from row to row, so that their patches do not tell the rows."""
+    for name in _GRIDS:
+        grid = kwargs.get(name)
+        if isinstance(grid, torch.Tensor) and grid.dim() == 2:
+            patches = grid.prod(1)
+            if len(grid) % rows or bool((patches != patches[0]).any()):
+                return True
+    return False
+
+
+def rows_of_layer(x: torch.Tensor, batch: int, name: str = "a layer") -> int:
     """Tokens of each row at a layer, whose input is ``[batch, ..., in]``, or flat ``[batch * tokens, in]``.
 
     Raises
@@ -137,7 +158,7 @@ def rows_of_layer(x: torch.Tensor, batch: int) -> int:
     """
     tokens = x.numel() // x.shape[-1]
     if (x.dim() > 2 and x.shape[0] != batch) or tokens % batch:
-        raise ShapeError(f"a layer got {list(x.shape)}, in a pass of {batch} rows; its rows cannot be told")
+        raise ShapeError(f"{name or 'a layer'} got {list(x.shape)}, in a pass of {batch} rows; its rows cannot be told")
     return tokens // batch
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from lorastack.base.hint import elsewhere, in_short
+from lorastack.base.hint import elsewhere, in_short, of_other_parts
 from lorastack.base.names import convert_names, names_of_places
+from lorastack.base.parts import part_of
 from lorastack.base.settle import settle
 from lorastack.core.adapter import Extras, LoadedLora, LoraAdapter
 from lorastack.core.delta import LoraDelta
@@ -17,7 +18,7 @@ from lorastack.errors import NonFiniteError, Problems, UnsupportedError
 from lorastack.torch.dora import Dora
 from lorastack.torch.places import Place, Places
 from lorastack.torch.prepared import Prepared
-from lorastack.torch.saved import Patch, check_saved_embeddings, make_patches
+from lorastack.torch.saved import Patch, make_patches
 from lorastack.torch.tensors import to_torch
 from lorastack.ways import CONVERT, drop_extras, ways
 
@@ -53,14 +54,20 @@ def prepare(
     missing = Problems("")
     lost = missing if allow_partial else problems
     hint = ""
+    others: Mapping[str, str] = {}
     if isinstance(candidate.adapter, LoadedLora):
         extras: Extras
         lora = candidate.adapter = _in_own_names(candidate.adapter, places)
         wanted = dict(lora.adapters)
         extras = lora.extras
         strangers = [name for name in wanted if places.get(name) is None]
-        if strangers and (hint := elsewhere(strangers, lora, places.as_base())):
-            lost.add(hint)
+        if strangers:
+            others = of_other_parts(strangers, base := places.as_base())
+            for line in others.values():
+                lost.add(line)
+            strangers = [name for name in strangers if part_of(name) not in others]
+            if hint := elsewhere(strangers, lora, base):
+                lost.add(hint)
     else:
         wanted = _by_target(candidate.adapter, places)
         extras = {}
@@ -69,13 +76,13 @@ def prepare(
     for kind in sorted(NEVER_LIVE):
         if kind in extras:
             problems.add(f"{KINDS[kind]} cannot be honoured{ways(drop_extras(kind))}")
-    check_saved_embeddings(extras, places, problems)
     parts: list[Prepared] = []
     strange: list[str] = []
     for name, delta in wanted.items():
         place = places.get(name)
         if place is None:
-            strange.append(f"weight {name} is none of the model's")
+            if part_of(name) not in others:
+                strange.append(f"weight {name} is none of the model's")
             continue
         if place.device.type == "meta":
             problems.add(f"weight {name} is on the meta device; load the model's weights first")
@@ -104,7 +111,8 @@ def _in_own_names(lora: LoadedLora, places: Places) -> LoadedLora:
                 f"{type(places.model).__name__} has no config, so GGUF names cannot be converted for it{ways(CONVERT)}"
             )
         return convert_names(lora, base, "hf")
-    if not lora.extras and all(places.get(name) is not None for name in lora.adapters):
+    known = not lora.extras and all(places.get(name) is not None for name in lora.adapters)
+    if known and all(delta.kind != "stored" for delta in lora.adapters.values()):
         return lora
     base = places.as_base()
     return settle(lora, base)
@@ -136,8 +144,10 @@ def _prepared(
     dora = bias = None
     magnitude = extras.get("dora", {}).get(place.name)
     if magnitude is not None:
-        if place.kind not in ("linear", "conv") or not _has_plain_weight(place):
-            problems.add(f"weight {place.name}: DoRA needs a plain linear layer or convolution with its weight at hand")
+        if place.kind == "parameter" or not _has_plain_weight(place):
+            problems.add(
+                f"weight {place.name}: DoRA needs a plain linear layer, convolution or embedding, its weight at hand"
+            )
         else:
             dora = Dora(place, delta, magnitude, dtype)
     lora_bias = extras.get("lora_bias", {}).get(place.name)
@@ -148,7 +158,10 @@ def _prepared(
             bias = to_torch(lora_bias, dtype, place.device)
     let_in = any(factor.allow_nonfinite for factor in delta.factors)
     finite = not let_in or bool(a.isfinite().all() and b.isfinite().all())
-    return Prepared(place, a, b, delta.rank, delta.scaling, dora, bias, finite)
+    tokens = extras.get("alora", {}).get("invocation_tokens")
+    if tokens and (place.kind != "linear" or dora is not None):
+        problems.add(f"weight {place.name}: invocation tokens go with plain low-rank updates of linear layers only")
+    return Prepared(place, a, b, delta.rank, delta.scaling, dora, bias, finite, tuple(tokens) if tokens else None)
 
 
 def _has_plain_weight(place: Place) -> bool:

@@ -22,6 +22,8 @@ class Prepared(NamedTuple):
     bias: torch.Tensor | None = None
     #: False when NaN or Inf was let in: such factors must not even be multiplied by 0.
     finite: bool = True
+    #: The tokens from which on it acts; None: everywhere.
+    tokens: tuple[int, ...] | None = None
 
 
 class Slot(NamedTuple):
@@ -33,3 +35,4 @@ class Slot(NamedTuple):
     dora: Dora | None
     bias: torch.Tensor | None
     finite: bool = True
+    tokens: tuple[int, ...] | None = None

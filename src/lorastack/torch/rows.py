@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from lorastack.errors import ShapeError
 from lorastack.torch.factors import Factors
+from lorastack.torch.layout import sees_pictures
 from lorastack.torch.passes import Pass
 from lorastack.torch.plan import rows_of_layer
 
@@ -32,6 +33,8 @@ class Gathered(NamedTuple):
 
     a: torch.Tensor
     b: torch.Tensor
+    name: str = ""
+    pictures: bool = False
 
 
 class Dense(NamedTuple):
@@ -43,6 +46,10 @@ class Dense(NamedTuple):
     mask: torch.Tensor
     #: Factors with NaN or Inf, which must not meet other rows even times 0: ``(a, b, scales [rows])`` each.
     apart: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...] = ()
+    #: Each row's sum of lora_B biases, ``[rows, out]``.
+    bias: torch.Tensor | None = None
+    name: str = ""
+    pictures: bool = False
 
 
 Way = Gathered | Dense
@@ -68,20 +75,39 @@ class Mixture:
 
     def way(self, factors: Factors, linear: bool) -> Way:
         """How the rows are computed at these factors; made once, before a pass."""
+        name = getattr(factors, "name", "")
         if linear:
-            return self._choose(factors)
+            return self._choose(factors)._replace(name=name, pictures=sees_pictures(name))
         scales = self._scales(factors, factors.slots)
-        return Dense(factors.a, factors.b, scales, scales != 0)
+        return Dense(factors.a, factors.b, scales, scales != 0, (), self._biases(factors), name, sees_pictures(name))
+
+    def _biases(self, factors: Factors) -> torch.Tensor | None:
+        each = [
+            self.table[:, slot.entry, None].to(slot.bias.device) * slot.scaling * slot.bias
+            for slot in factors.slots
+            if slot.bias is not None
+        ]
+        return torch.stack(each).sum(0) if each else None
+
+    def with_bias(self, way: Way, y: torch.Tensor) -> torch.Tensor:
+        """``y [rows, ..., out]`` with every row's lora_B biases."""
+        if not isinstance(way, Dense) or way.bias is None:
+            return y
+        bias = way.bias.to(y.dtype)[:, None]
+        return (y.reshape(self.rows, -1, y.shape[-1]) + bias).view(y.shape)
 
     def add_linear(
         self, way: Way, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool
     ) -> torch.Tensor:
         """``output`` plus every row's own sum."""
         if isinstance(way, Gathered):
-            rows_of_layer(x, running.rows)
+            self._check(way, running, x)
             return self._add_gathered(way, x, output, in_place)
         x = x.to(way.a.dtype)
         y = F.linear(self.scale(way, running, F.linear(x, way.a), x), way.b)
+        if way.bias is not None:
+            index = self._row_of_each(running, x).to(x.device)
+            y = (y.reshape(-1, y.shape[-1]) + way.bias.to(y.dtype)[index]).view(output.shape)
         for a, b, scales in way.apart:
             rows = self._row_of_each(running, x).to(x.device)
             mine = scales[rows] != 0
@@ -138,15 +164,30 @@ class Mixture:
             flat = h.reshape(-1, rank)
             index = index.to(h.device)
             return torch.where(way.mask[index], flat * way.scales[index], 0).reshape(h.shape)
-        rows_of_layer(x, running.rows)
+        self._check(way, running, x)
         each = h.reshape(self.rows, tokens // self.rows, rank)
         return torch.where(way.mask[:, None], each * way.scales[:, None], 0).reshape(h.shape)
+
+    def _check(self, way: Way, running: Pass, x: torch.Tensor) -> None:
+        """ShapeError unless a layer's input is the batch's, row by row."""
+        if running.uneven and way.pictures and x.dim() == 2:
+            raise ShapeError(
+                f"{way.name} got patches of pictures that differ in size or number from row to row; rows are told only "
+                "where each has as many patches"
+            )
+        rows_of_layer(x, running.rows, way.name)
 
     def _choose(self, factors: Factors) -> Way:
         ranks = {slot.entry: slot.rank for slot in factors.slots}
         in_use = sum(rank for entry, rank in ranks.items() if entry in self.active)
         widest = max((sum(ranks.get(n, 0) for n in row) for row in self.wanted), default=0)
-        if self.index is None and widest * DENSE_WASTE <= in_use and widest * self.rows <= MAX_GATHERED * factors.rank:
+        bias = self._biases(factors)
+        if (
+            bias is None
+            and self.index is None
+            and widest * DENSE_WASTE <= in_use
+            and widest * self.rows <= MAX_GATHERED * factors.rank
+        ):
             return self._gather(factors, max(widest, 1))
         slots = [slot for slot in factors.slots if slot.entry in self.active and slot.finite]
         scales = self._scales(factors, slots)
@@ -156,7 +197,7 @@ class Mixture:
             used = torch.tensor([slot.entry in self.active and slot.finite for slot in factors.slots])
             picked = torch.repeat_interleave(used, torch.tensor([slot.rank for slot in factors.slots])).to(a.device)
             a, b = a[picked], b[:, picked]
-        return Dense(a.to(dtype), b.to(dtype), scales.to(dtype), scales != 0, self._apart(factors, dtype))
+        return Dense(a.to(dtype), b.to(dtype), scales.to(dtype), scales != 0, self._apart(factors, dtype), bias)
 
     def _apart(
         self, factors: Factors, dtype: torch.dtype

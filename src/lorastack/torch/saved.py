@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from lorastack.base.fit import changed_base, same_numbers
+from lorastack.base.fit import changed_base, is_resized, same_numbers
 from lorastack.core.factor import Factor
 from lorastack.errors import Problems
+from lorastack.torch.bypass import reads_weight
 from lorastack.torch.passes import not_pickled
 from lorastack.torch.places import Places, is_conv1d
 from lorastack.torch.tensors import to_torch
-from lorastack.torch.wrappers import offloaded_to, tensor_at_hand
+from lorastack.torch.tokens import TokenPatch, token_patches
+from lorastack.torch.wrappers import REPLACED, offloaded_to, tensor_at_hand
 
 
 class _Hooked:
@@ -37,7 +38,7 @@ class BiasPatch(_Hooked):
     what = "trained biases of the base"
 
     def __init__(self, name: str, module: nn.Module, bias: torch.Tensor, own: torch.Tensor) -> None:
-        self.claim = name
+        self.claims = (f"bias {name}",)
         self.module = module
         self.difference = (bias.float() - own.detach().float()).to(own.dtype)
         self.channels = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
@@ -62,16 +63,12 @@ class BiasPatch(_Hooked):
         return output + difference
 
 
-#: Under this name a saved module holds the base's own, in its ``__dict__``: no part of the model, but of its copies.
-_REPLACED = "_lorastack_replaces"
-
-
 def bring_back_replaced(model: nn.Module) -> None:
     """Put the base's own modules back where saved ones stand in a model, which may be a copy of the one attached to."""
     for parent in list(model.modules()):
         for key, module in parent._modules.items():
-            if module is not None and _REPLACED in module.__dict__:
-                parent._modules[key] = module.__dict__[_REPLACED]
+            if module is not None and REPLACED in module.__dict__:
+                parent._modules[key] = module.__dict__[REPLACED]
 
 
 class ModulePatch:
@@ -82,13 +79,16 @@ class ModulePatch:
     def __init__(
         self, path: str, parent: nn.Module, key: str, module: nn.Module, tensors: dict[str, torch.Tensor]
     ) -> None:
-        self.claim = path
+        self.claims = (path,)
         self.parent, self.key, self.module = parent, key, module
         self.copy = copy.copy(module)
-        self.copy._parameters = dict(module._parameters)
-        self.copy.__dict__[_REPLACED] = module
+        self.copy._parameters, self.copy._buffers = dict(module._parameters), dict(module._buffers)
+        self.copy.__dict__[REPLACED] = module
         for name, tensor in tensors.items():
-            self.copy._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+            if name in module._buffers:
+                self.copy._buffers[name] = tensor
+            else:
+                self.copy._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         self._on = True
         self._attached = False
 
@@ -112,77 +112,79 @@ class ModulePatch:
             self._attached = False
 
 
-class TokenPatch(_Hooked):
-    """Trained rows of some tokens in place of the embedding's, and in a head tied to it."""
+class ShownPatch(_Hooked):
+    """A trained bias in place of one that a module's own code reads: shown in its ``__dict__``, above the parameter."""
 
-    what = "trained tokens"
+    what = "trained biases of the base"
 
-    def __init__(self, name: str, module: nn.Embedding, ids: tuple[int, ...], rows: torch.Tensor, head: Any) -> None:
-        self.claim = name
-        self.module, self.head = module, head
-        self.ids = torch.tensor(ids, device=rows.device)
-        self.rows = rows
-        self.where = torch.full((module.num_embeddings,), -1, dtype=torch.long, device=rows.device)
-        self.where[self.ids] = torch.arange(len(ids), device=rows.device)
-        self.on = True
-        self._handles: list[Any] = []
+    def __init__(self, name: str, module: nn.Module, tensor: torch.Tensor) -> None:
+        self.claims = (f"bias {name}",)
+        self.module, self.key, self.tensor = module, name.rpartition(".")[2], tensor
+        self._on, self._attached = True, False
+
+    @property
+    def on(self) -> bool:
+        return self._on
+
+    @on.setter
+    def on(self, value: bool) -> None:
+        self._on = value
+        if self._attached and value:
+            self.module.__dict__[self.key] = self.tensor
+        else:
+            self.module.__dict__.pop(self.key, None)
 
     def attach(self) -> None:
-        if self._handles:
-            return
-        self._handles.append(self.module.register_forward_hook(self._look_up))
-        if self.head is not None:
-            self._handles.append(self.head.register_forward_hook(self._project))
+        self._attached = True
+        self.on = self._on
 
     def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _look_up(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        if not self.on:
-            return output
-        where = self.where[args[0]]
-        rows = self.rows[where.clamp_min(0)]
-        scale = getattr(module, "embed_scale", None)
-        rows = rows if scale is None else rows * scale.to(rows.dtype)
-        return torch.where((where >= 0)[..., None], rows, output)
-
-    def _project(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        if not self.on:
-            return output
-        return output.index_copy(output.dim() - 1, self.ids, F.linear(args[0], self.rows).to(output.dtype))
+        self._attached = False
+        self.module.__dict__.pop(self.key, None)
 
 
-Patch = BiasPatch | ModulePatch | TokenPatch
+Patch = BiasPatch | ShownPatch | ModulePatch | TokenPatch
+
+
+def clashes(name: str, patches: list[Patch], taken: dict[str, str], verb: str) -> list[str]:
+    """A line for each adapter that replaces the same as those of ``name``, whose claims are added to ``taken``."""
+    both: dict[str, list[str]] = {}
+    for claim in [claim for patch in patches for claim in patch.claims]:
+        if taken.setdefault(claim, name) != name:
+            both.setdefault(taken[claim], []).append(claim)
+    return [
+        f"{other} and {name} both replace {', '.join(claims[:5])}"
+        + (f" and {len(claims) - 5} more" if len(claims) > 5 else "")
+        + f"; {verb} only one"
+        for other, claims in both.items()
+    ]
 
 
 def make_patches(extras: Any, places: Places, problems: Problems) -> list[Patch]:
     """The patches of one adapter's extras; what finds no place is added to ``problems``."""
     patches: list[Patch] = []
     for name, factor in extras.get("bias", {}).items():
-        module = places.modules.get(name.removesuffix(".bias"))
-        own = None if module is None else tensor_at_hand(module, "bias")
-        plain = isinstance(module, (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        path, _, parameter = name.rpartition(".")
+        module = places.modules.get(path)
+        own = None if module is None else tensor_at_hand(module, parameter)
         if module is None or own is None:
             problems.add(f"bias {name} is none of the model's")
-        elif not (plain or is_conv1d(module)) or own.shape != factor.shape:
+        elif own.shape != factor.shape:
             problems.add(
                 f"bias {name}: {type(module).__name__} has {list(own.shape)}, the adapter {list(factor.shape)}"
             )
-        else:
+        elif _adds_its_bias(module) and not (path and reads_weight(*places.parent_of(path))):
             patches.append(BiasPatch(name, module, to_torch(factor, torch.float32, own.device), own))
-    patches += _module_patches(extras.get("modules_to_save", {}), places, problems)
-    for name, (ids, factor) in extras.get("new_tokens", {}).items():
-        module = places.modules.get(name.removesuffix(".weight"))
-        if not isinstance(module, nn.Embedding) or factor.shape[-1] != module.embedding_dim:
-            problems.add(f"token rows of {name}: the model has no embedding of width {factor.shape[-1]} there")
-        elif ids and max(ids) >= module.num_embeddings:
-            problems.add(f"token rows of {name}: token {max(ids)} is outside the vocabulary of {module.num_embeddings}")
         else:
-            rows = to_torch(factor, module.weight.dtype, module.weight.device)
-            patches.append(TokenPatch(name, module, ids, rows, _tied_head(places, module)))
-    return patches
+            patches.append(ShownPatch(name, module, to_torch(factor, own.dtype, own.device)))
+    saved = {**extras.get("modules_to_save", {}), **resized_embeddings(extras, places, problems)}
+    patches += _module_patches(saved, places, problems)
+    return patches + token_patches(extras.get("new_tokens", {}), places, problems)
+
+
+def _adds_its_bias(module: nn.Module) -> bool:
+    """Whether a module's output is something with its bias added."""
+    return isinstance(module, (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or is_conv1d(module)
 
 
 def _module_patches(saved: dict[str, Factor], places: Places, problems: Problems) -> list[ModulePatch]:
@@ -190,7 +192,7 @@ def _module_patches(saved: dict[str, Factor], places: Places, problems: Problems
     for name, factor in saved.items():
         path, _, parameter = name.rpartition(".")
         module = places.modules.get(path)
-        own = None if module is None else module._parameters.get(parameter)
+        own = None if module is None else _held(module).get(parameter)
         if own is None:
             problems.add(f"saved module weight {name} is none of the model's")
         elif own.shape != factor.shape:
@@ -203,27 +205,33 @@ def _module_patches(saved: dict[str, Factor], places: Places, problems: Problems
         if offloaded_to(module) is not None:
             problems.add(f"saved module {path}: accelerate offloads the model's own, which cannot be replaced then")
             continue
-        like: dict[str, Any] = {name: module._parameters[name] for name in factors}
+        like = {name: _held(module)[name] for name in factors}
         tensors = {n: to_torch(f, like[n].dtype, like[n].device) for n, f in factors.items()}
         patches.append(ModulePatch(path, parent, key, module, tensors))
     return patches
 
 
-def _tied_head(places: Places, embedding: nn.Embedding) -> nn.Module | None:
-    """The output layer that shares the embedding's weight, which PEFT changes along."""
-    for module in places.modules.values():
-        if isinstance(module, nn.Linear) and module.weight is embedding.weight:
-            return module
-    return None
+def _held(module: nn.Module) -> dict[str, Any]:
+    """A module's own parameters and buffers: a norm of batches is saved with the means it has seen."""
+    return {**module._parameters, **module._buffers}
 
 
-def check_saved_embeddings(extras: Any, places: Places, problems: Problems) -> None:
-    """Embeddings that PEFT saved along must be the base's own; others are a changed base in disguise."""
+def resized_embeddings(extras: Any, places: Places, problems: Problems) -> dict[str, Factor]:
+    """The embeddings that PEFT saved along whose last rows are not the base's own: new tokens, which are the adapter's.
+
+    Others are a changed base in disguise, and added to ``problems``.
+    """
+    found = {}
     for name, factor in extras.get("base_weight", {}).items():
         path, _, parameter = name.rpartition(".")
         module = places.modules.get(path)
         own = None if module is None else tensor_at_hand(module, parameter)
         if own is None:
             problems.add(f"saved base weight {name} is none of the model's")
-        elif not same_numbers(factor.raw(), own.detach().float().cpu().numpy()):
+            continue
+        numbers = own.detach().float().cpu().numpy()
+        if is_resized(factor.raw(), numbers):
+            found[name] = factor
+        elif not same_numbers(factor.raw(), numbers):
             problems.add(changed_base(name, factor.shape, tuple(own.shape)))
+    return found

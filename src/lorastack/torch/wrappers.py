@@ -40,6 +40,16 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+#: Under this name a saved module holds the base's own, in its ``__dict__``: no part of the model, but of its copies.
+REPLACED = "_lorastack_replaces"
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """The base's own module, where a saved one stands in its place."""
+    own: nn.Module = module.__dict__.get(REPLACED, module)
+    return own
+
+
 def parents_of(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
     """Every module of a model -> those that hold it."""
     parents: dict[nn.Module, list[nn.Module]] = {model: []}
@@ -47,6 +57,7 @@ def parents_of(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
         for child in module._modules.values():
             if child is None:
                 continue
+            child = _own(child)
             if child in parents:
                 parents[child].append(module)
             else:
@@ -66,7 +77,7 @@ def index_of(model: nn.Module) -> dict[str, Where]:
         for key, child in module._modules.items():
             if child is not None:
                 own = path if key == inside else f"{path}.{key}" if path else key
-                visit(Where(child, module, key), own)
+                visit(Where(_own(child), module, key), own)
 
     visit(Where(model, model, ""), "")
     return index
