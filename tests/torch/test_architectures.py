@@ -46,7 +46,7 @@ def check(one: Architecture, model: nn.Module, peft: Any, folder: Path) -> None:
     if not near(found, expected):  # PEFT's layers have no effect where a model reads their weight; merged, they have
         expected = outputs(peft.merge_and_unload().eval(), inputs)
     assert near(found, expected)
-    assert not torch.equal(found, base)
+    assert not torch.equal(found, base) or torch.equal(expected, base)
     assert torch.equal(outputs(model, inputs), base)
 
 
