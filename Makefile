@@ -36,8 +36,8 @@ fleet-venv: ## Make the environment with the real vLLM, for the slow tests of th
 	$(FLEET)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(FLEET)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
 	$(FLEET)/bin/python -c "import pathlib, sysconfig; \
-	  at = pathlib.Path(sysconfig.get_path('purelib'), 'vllm-0.32.0.dist-info'); at.mkdir(exist_ok=True); \
-	  (at / 'METADATA').write_text('Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n')"
+	  at = pathlib.Path(sysconfig.get_path('purelib'), 'vllm-0.32.0+cpu.dist-info'); at.mkdir(exist_ok=True); \
+	  (at / 'METADATA').write_text('Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n')"
 
 lint: $(VENV)/.dev ## Check style and formatting
 	$(BIN)/ruff check .
