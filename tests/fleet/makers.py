@@ -45,6 +45,3 @@ def dense(folder: Path, name: str) -> np.ndarray:
     assert config["rank_pattern"] == {}
     assert config["alpha_pattern"] == {}
     return config["lora_alpha"] / config["r"] * (b.astype(np.float64) @ a.astype(np.float64))
-
-
-

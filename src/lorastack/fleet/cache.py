@@ -70,6 +70,9 @@ class MixtureCache:
         self.library = library if isinstance(library, Library) else Library(library)
         self.baking, self.max_bytes, self.max_mixtures = baking, max_bytes, max_mixtures
         self._leases = Leases(self.folder)
+        with self._leases.looking():  # what processes left that were killed
+            sweep(self.folder)
+            self._leases.all()
         self._opening = threading.Lock()
 
     @cached_property
