@@ -138,7 +138,7 @@ def test_sixteen_mixtures_at_once_write_what_rows_write(wide: Server, expected: 
         with ThreadPoolExecutor(16) as pool:
             found = list(pool.map(lambda mixture, ids=ids: wide.tokens(mixture, ids, COUNT), MIXTURES))
         assert found == rows
-    assert len({tuple(row) for row in rows}) > 8
+    assert len({tuple(row) for row in rows}) >= 8
 
 
 def test_every_spelling_is_answered_under_its_own_name(wide: Server, expected: Any) -> None:
@@ -183,7 +183,7 @@ def test_two_slots_serve_any_number_in_turn(narrow: Server, expected: Any) -> No
     ("deeper", 400, "layers.9."),
     ("other:0.5", 400, "does not fit base"),
     ("high", 400, "has rank 40, vLLM was started for 32"),
-    ("damaged", 400, "adapter_config.json"),
+    ("damaged", 400, "adapter damaged: "),
 ])  # fmt: skip
 def test_what_cannot_be_served_has_its_status_and_a_reason(narrow: Server, name: str, status: int, reason: str) -> None:
     found, answer = narrow.complete(name, "Once")
@@ -210,9 +210,11 @@ def test_a_cap_on_distinct_mixtures(narrow: Server) -> None:
     assert narrow.alive
 
 
-def test_several_api_servers_are_refused_with_the_way_out(place: Path, tmp_path: Path) -> None:
-    with serving(place / "base", place / "library", tmp_path, "--max-loras", "2", "--api-server-count", "2") as server:
-        status, answer = server.complete("luna", "Once", 1)
-        assert status == 503
-        assert "--api-server-count 1" in answer["error"]["message"]
-        assert server.alive
+def test_vllm_does_not_start_with_several_api_servers(place: Path, tmp_path: Path) -> None:
+    """Each would number adapters from 1 on, and the engine would take one for the other: `vllm-check` says one."""
+    words = ("--max-loras", "2", "--api-server-count", "2")
+    with (
+        pytest.raises(AssertionError, match=r"RUNTIME_LORA_UPDATING cannot be used with api_server_count > 1"),
+        serving(place / "base", place / "library", tmp_path, *words),
+    ):
+        pass

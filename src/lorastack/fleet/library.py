@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lorastack.errors import ArgumentError, FormatError, UnknownNameError, did_you_mean, shown
+from lorastack.errors import ArgumentError, FormatError, LoraStackError, UnknownNameError, did_you_mean, shown
 from lorastack.files import local, looked_into, status_of
 from lorastack.formats import load
 from lorastack.formats.opened import OpenedFile, version_of
@@ -128,7 +128,10 @@ class Library:
         if seen is None or any(_version(one) != version for one, version in seen.versions.items()):
             # Versions are looked at first: what changes in between is seen as a change the next time.
             before = _version(path)
-            lora = load(path)
+            try:
+                lora = load(path)
+            except LoraStackError as error:  # a server may hide paths from who asks
+                raise FormatError(f"adapter {path.stem if path.is_file() else path.name}: {error}") from error
             outside = [file for file in lora.files if not self._inside(file)]
             if outside:
                 raise FormatError(f"{path}: {', '.join(file.name for file in outside)} leads out of {self.folder}")

@@ -2,14 +2,15 @@
 
 `register` is an entry point of ``vllm.general_plugins``. Every process of vLLM calls it, whether anybody wants
 mixtures or not: so without ``LORASTACK_LIBRARY`` it does nothing, and this module imports nothing but the standard
-library. Only API servers ask the resolver, and only then the rest is imported. Tried with vLLM 0.32.
+library. Only the API server asks the resolver, and only then the rest is imported. There is one:
+several would number adapters each by itself, and vLLM does not start with ``VLLM_ALLOW_RUNTIME_LORA_UPDATING`` and more
+than one. Tried with vLLM 0.32.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
 import os
 import threading
 import time
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("vllm.lorastack")
 RESOLVER = "lorastack"
-#: What vLLM calls its API servers when it has several; each of them numbers adapters by itself, from 1 on, so that in
-#: the engine the first of one server would be taken for the first of the other.
-_ONE_OF_SEVERAL = "ApiServer_"
 
 
 def register() -> None:
@@ -64,8 +62,6 @@ def _resolver(settings: Settings) -> Any:
             from lorastack.errors import LoraStackError, UnknownNameError
             from lorastack.fleet.answers import status_of
 
-            if multiprocessing.current_process().name.startswith(_ONE_OF_SEVERAL):
-                raise HTTPException(503, "mixtures need one API server: start vLLM with --api-server-count 1")
             begun = time.perf_counter()
             try:
                 # The event loop goes on serving.
