@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorastack.cli.console import echo, echo_json
+from lorastack.cli.console import echo, echo_json, say_warning
 from lorastack.cli.options import Json, Quiet
 from lorastack.errors import ArgumentError
 
@@ -74,6 +74,10 @@ def vllm_check(
             echo(
                 "VLLM_PLUGINS names all plugins that may be loaded, of whatever kind: add those of yours that it lacks."
             )
+        if rank < widest:
+            say_warning(f"mixtures of rank {rank + 1} to {widest} will be refused: vLLM takes no more than {rank}")
+        if not here:
+            say_warning("vllm is not installed here, so plugins that its own environment has are not seen")
     if not any(one.rank is not None for one in found):
         raise ArgumentError(f"no adapter in {library} can be served on {base}")
 
