@@ -1,9 +1,9 @@
 """Ray Serve LLM: ``"model": "base:zara:0.7+excited:0.3"``, where each replica bakes the mixtures that it is asked for.
 
-``MixtureServer`` is the class for ``LLMConfig(server_cls="lorastack.fleet.ray_server:MixtureServer")``; what goes before
-the first colon of a model's name is Ray's id of the base. It leans on parts of Ray that are not public, so it says when
-Ray is another than it was tried with. A replica is one vLLM engine: the settings are those of vLLM's plugin, in the
-environment of the replicas (``runtime_env``), and the library has to lie at the same place on each node.
+``MixtureServer`` is the class for ``LLMConfig(server_cls="lorastack.fleet.ray_server:MixtureServer")``; what stands in
+front of the first colon of a model's name is Ray's id of the base. It leans on parts of Ray that are not public, so it
+says when Ray is another than it was tried with. A replica is one vLLM engine: the settings are those of vLLM's plugin,
+in the environment of the replicas (``runtime_env``), and the library has to lie at the same place on each node.
 
 Tried by hand with Ray 2.60 and vLLM 0.32 on one machine with one replica on the CPU: a base, mixtures, what is refused
 with its status, 16 requests at once. NOT tried: several nodes, autoscaling, prefill and decode apart, data-parallel
@@ -44,8 +44,8 @@ def check_version(version: str) -> None:
     """  # noqa: E501
     if ".".join(version.split(".")[:2]) not in TRIED and os.environ.get(UNTRIED) != "1":
         raise UnsupportedError(
-            f"this was tried with Ray {', '.join(TRIED)}, here is {version}: what it leans on may be another there; set "
-            f"{UNTRIED}=1 to try it"
+            f"this was tried with Ray {', '.join(TRIED)}, here is {version}: what it leans on may be another there; "
+            f"set {UNTRIED}=1 to try it"
         )
 
 
