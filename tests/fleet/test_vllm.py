@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from lorastack import LoadedLora, load
 from lorastack.mixture import Mixture
+from tests.conftest import ROOT
 from tests.fleet.engine import Server, program, serving
 from tests.fleet.padded import pad_adapter, pad_base
 
@@ -22,7 +25,7 @@ PROMPTS = ("Once upon a time there was a little", "There once was a brave", "One
 MIXTURES = [
     "luna", "robot", "luna:0.5", "robot:0.5", "luna:0.7+robot:0.3", "luna:0.3+robot:0.7", "luna+robot", "luna:-0.5",
     "luna:2", "robot:1.5+luna:-1", "luna:0.25+robot:0.25", "pair", "pair:0.5", "pair+luna:-0.5", "luna:0.9+robot:0.8",
-    "robot:2",
+    "part:2+robot:0.5",
 ]  # fmt: skip
 COUNT = 24
 
@@ -37,6 +40,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
     library.mkdir()
     for name in ("luna", "robot"):
         pad_adapter(demo / name, library / name)
+    # One with a part of the weights: in its mixtures ranks differ from weight to weight.
+    load(library / "luna").select("*.q_proj.weight").save(library / "part")
     (library / "pair.toml").write_text('[[adapter]]\nsource = "luna"\nscale = 0.6\n[[adapter]]\nsource = "robot"\n')
     return folder
 
@@ -51,7 +56,7 @@ def expected(place: Path) -> Any:
 
     torch.set_num_threads(1)
     model, tokenizer = load_base(str(place / "base"))
-    loras = [load(place / "library" / name) for name in ("luna", "robot")]
+    loras = [load(place / "library" / name) for name in ("luna", "robot", "part")]
 
     def scales(text: str) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -168,7 +173,7 @@ def test_two_slots_serve_any_number_in_turn(narrow: Server, expected: Any) -> No
 
 
 @pytest.mark.parametrize(("name", "status", "reason"), [
-    ("nobody", 404, "there are 9: damaged, deeper, dora, high, luna, nan, other, pair, robot"),
+    ("nobody", 404, "there are 10: damaged, deeper, dora, high, luna, nan, other, pair, part, robot"),
     ("luna+rabot", 404, "did you mean robot?"),
     ("../library/luna", 404, "is no mixture"),
     ("/etc/passwd", 404, "is no mixture"),
@@ -218,3 +223,32 @@ def test_vllm_does_not_start_with_several_api_servers(place: Path, tmp_path: Pat
         serving(place / "base", place / "library", tmp_path, *words),
     ):
         pass
+
+
+def test_an_unknown_name_is_left_to_a_resolver_behind_ours(place: Path, tmp_path: Path) -> None:
+    """In vLLM's environment, with its own registry."""
+    code = """
+import asyncio, os
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+from lorastack.fleet.vllm_plugin import register
+register()
+register()
+ours = LoRAResolverRegistry.get_resolver("lorastack")
+def status():
+    try:
+        return asyncio.run(ours.resolve_lora(os.environ["BASE"], "nobody"))
+    except Exception as error:
+        return error.status_code
+class Other(LoRAResolver):
+    async def resolve_lora(self, base_model_name, lora_name):
+        return None
+alone = status()
+LoRAResolverRegistry.register_resolver("other", Other())
+found = asyncio.run(ours.resolve_lora(os.environ["BASE"], "luna:.5"))
+print("said", alone, status(), found.lora_name, os.path.isdir(found.lora_path))
+"""
+    environment = dict(os.environ, PYTHONPATH=str(ROOT / "src"), LORASTACK_LIBRARY=str(place / "library"),
+                       LORASTACK_CACHE=str(tmp_path / "cache"), BASE=str(place / "base"))  # fmt: skip
+    done = subprocess.run([str(program("python")), "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "said 404 None luna:.5 True", done.stderr[-2000:]
