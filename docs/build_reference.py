@@ -77,7 +77,26 @@ def _rows(title: str, rows: list[Target]) -> list[str]:
     return [f"## {title}", "\n".join(table), "\n".join(f"- {row.title}: {row.note}" for row in rows if row.note)]
 
 
-PAGES = {"cli.md": reference, "targets.md": targets}
+#: Between these lines of docs/fleet.md stands the table of engines.
+_BEGIN, _END = "<!-- engines: written by docs/build_reference.py -->", "<!-- end of engines -->"
+
+
+def fleet() -> str:
+    """docs/fleet.md with its table of engines as lorastack.targets has it."""
+    text = (HERE / "fleet.md").read_text()
+    before, _, rest = text.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    table = ["| engine | how a stack is given | tried with |", "|---|---|---|"]
+    table += [
+        f"| {row.title} | {row.given.replace('|', ' ')} | {row.tried or 'untried'} |"
+        for row in TARGETS.values()
+        if row.given
+    ]
+    notes = [f"- {row.title}: {row.note}" for row in TARGETS.values() if row.given and row.note]
+    return "\n".join([before + _BEGIN, "", *table, "", *notes, "", _END + after])
+
+
+PAGES = {"cli.md": reference, "targets.md": targets, "fleet.md": fleet}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -14,8 +14,8 @@ ORDER = (
     "errors ways decimals pipeline "
     "core.dtypes core.factor core.delta core.kronecker core.lazy core.target core.extras core.patterns core.notebook "
     "core.adapter core.given core.packed core.entry core.stack "
-    "files hub formats base algebra mixture recipe_text recipe targets converting inspect "
-    "merging extracting torch report cli __main__"
+    "files hub formats fingerprint base algebra mixture recipe_text recipe targets converting inspect "
+    "fleet merging extracting torch report cli __main__"
 ).split()
 #: function -> the lower layers it imports: facades that users expect as methods.
 FACADES = {
@@ -24,6 +24,7 @@ FACADES = {
     "core.adapter.from_gguf": {"formats"},
     "core.adapter.save": {"formats"},
     "core.stack.bake": {"algebra"},
+    "core.stack.fingerprint": {"fingerprint"},
 }
 #: No file has more lines.
 LONGEST = 400

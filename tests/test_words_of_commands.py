@@ -75,6 +75,7 @@ def test_every_command_prints_json_and_nothing_else(lorastack: Command) -> None:
         "resize": ["luna", "--rank", "2", "-o", "small"],
         "run": ["base", "luna", "-p", "Once", "-n", "2"],
         "tune": ["base", "luna", "--text", "eval.txt", "--trials", "3"],
+        "vllm-check": ["base", "--library", "."],
     }
     assert set(said) == set(COMMANDS)
     found = {name: json.loads(lorastack.works(name, *words, "--json")) for name, words in said.items()}

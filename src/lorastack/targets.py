@@ -1,8 +1,9 @@
 """Targets: what the formats and the programs that read them can hold, in one table.
 
-`convert` and `bake` write what a target's row allows and refuse the rest by name; the documentation's table is made of
-it. The rows of programs were read off their own code: vLLM 0.32 (lora/peft_helper.py, lora/lora_model.py), SGLang 0.5
-(srt/lora), llama.cpp (llama-adapter.cpp), ComfyUI (comfy/lora.py), mlx-lm (tuner/utils.py).
+`convert` and `bake` write what a target's row allows and refuse the rest by name; the documentation's tables are made
+of it. The rows of programs were read off their own code: vLLM 0.32 (lora/peft_helper.py, lora/lora_model.py), SGLang
+0.5 (srt/lora), TensorRT-LLM (lora_manager.py), LoRAX (adapters/lora.py), llama.cpp (llama-adapter.cpp), ComfyUI
+(comfy/lora.py), mlx-lm (tuner/utils.py).
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class Target:
         The ranks that it can be started for; empty where any is taken.
     note
         What else there is to know, for the documentation.
+    given
+        Of an engine: how a weighted stack is given to it.
+    tried
+        With which version that was tried; empty where it was only read off its code or its documentation.
     """
 
     name: str
@@ -54,6 +59,8 @@ class Target:
     one_rank: bool = False
     ranks: tuple[int, ...] = ()
     note: str = ""
+    given: str = ""
+    tried: str = ""
 
     @property
     def is_program(self) -> bool:
@@ -82,12 +89,29 @@ _ROWS = (
     Target("mlx", "MLX", "mlx", _kinds("dora"), _kinds("linear embedding"), "one by one", one_scaling=True,
            one_rank=True, note="every weight has a DoRA magnitude, or none"),
     Target("vllm", "vLLM", "peft", kinds=_kinds("linear embedding experts"), one_scaling=True, ranks=VLLM_RANKS,
-           note="ranks above 16 need --max-lora-rank; alpha patterns are not looked at, so scalings are folded"),
+           note="ranks above 16 need --max-lora-rank; older versions do not look at alpha patterns, so scalings are "
+           "folded",
+           given="by name in each request, with the plugin: `zara:0.7+excited:0.3`; or a folder of `bake --for vllm`",
+           tried="vLLM 0.32 (CPU)"),
     Target("sglang", "SGLang", "peft", one_scaling=True, one_rank=True, experts="one by one",
-           note="rsLoRA and patterns are not looked at, so scalings are folded and ranks filled up"),
-    Target("llama.cpp", "llama.cpp", "gguf", _kinds("alora"), _kinds("linear embedding experts"), "fused"),
+           note="rsLoRA and patterns are not looked at, so scalings are folded and ranks filled up",
+           given="a folder of `bake --for sglang`, under a name: `--lora-paths` or the route `/load_lora_adapter`"),
+    Target("tensorrt-llm", "TensorRT-LLM", "peft", _kinds("dora"), one_scaling=True, one_rank=True,
+           experts="one by one", note="the alpha of the file is divided by each weight's own rank: patterns are not "
+           "looked at, so scalings are folded and ranks filled up; modules it was not built for are left out silently",
+           given="a folder of `bake --for tensorrt-llm`: a `LoRARequest` with its path, in each request"),
+    Target("lorax", "LoRAX", "peft", one_scaling=True, one_rank=True, experts="one by one",
+           note="patterns are not looked at; of a module that some layer lacks, all layers are left out silently",
+           given="a folder of `bake --for lorax`: `adapter_id`, with `adapter_source` local, in each request; its own "
+           "merge of several sums A and B apart, which is another function"),
+    Target("llama.cpp", "llama.cpp", "gguf", _kinds("alora"), _kinds("linear embedding experts"), "fused",
+           given="no need to bake: llama-server with `--lora-scaled FILE:SCALE` for each, and in a request "
+           "`\"lora\": [{\"id\": 0, \"scale\": 0.7}]`; requests of different scales are not computed together"),
     Target("ollama", "Ollama", "gguf", kinds=_kinds("linear embedding experts"), experts="fused",
-           note="one adapter for a model, named in its Modelfile"),
+           note="one adapter for a model, named in its Modelfile",
+           given="a file of `bake --for ollama`: `ADAPTER ./mixture.gguf` in a Modelfile, then `ollama create`"),
+    Target("lm-studio", "LM Studio", "gguf", kinds=frozenset(), note="it takes no adapters",
+           given="merged: `lorastack merge BASE zara:0.7 excited:0.3 -o mixture.gguf`, a model like any other"),
     Target("comfyui-app", "ComfyUI", "kohya", _kinds("dora diff diff_b lokr"), _IMAGE),
     Target("mlx-lm", "mlx-lm", "mlx", _kinds("dora"), _kinds("linear embedding"), "one by one", one_scaling=True,
            one_rank=True, note="every weight has a DoRA magnitude, or none"),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,17 +12,16 @@ import numpy as np
 
 from lorastack.algebra.entries import Entry, entries_of, fitted, weights_of
 from lorastack.algebra.intruders import IntruderSearch
-from lorastack.algebra.lowrank import Matrix, flat_shape, matrices
-from lorastack.algebra.measure import AdapterMeasure, WeightMeasure, measure_adapter, measure_weight
-from lorastack.algebra.pairs import FEW, NUMBERS, Pairs, Sums, independent_pileup, pairs_of, plain, stacked, sums_of
-from lorastack.algebra.signs import sign_counts
-from lorastack.algebra.span import Span, principal_angles, span
+from lorastack.algebra.lowrank import flat_shape
+from lorastack.algebra.measure import AdapterMeasure, WeightMeasure, measure_adapter
+from lorastack.algebra.pairs import FEW, NUMBERS, Pairs, Sums, independent_pileup, pairs_of, plain, stacked
+from lorastack.algebra.share import Measured, Runner, Share
+from lorastack.algebra.span import principal_angles
 from lorastack.base import BaseModel, open_base
 from lorastack.core.adapter import LoadedLora
-from lorastack.core.delta import LoraDelta
 from lorastack.core.extras import HARMLESS, KINDS
 from lorastack.core.stack import LoraStack
-from lorastack.errors import ArgumentError, Failures, NonFiniteError
+from lorastack.errors import ArgumentError, Failures
 
 __all__ = ["Comparison", "IntruderSearch", "NearDuplicate", "Pairs", "compare", "principal_angles", "verdict"]
 
@@ -131,6 +129,7 @@ def compare(
     sign_samples: int | None = SIGN_SAMPLES,
     allow_mixed_bases: bool = False,
     progress: Callable[[int], None] | None = None,
+    run: Runner | None = None,
 ) -> Comparison:
     """Measure every adapter of a stack, at its scale, and every pair of them.
 
@@ -153,6 +152,8 @@ def compare(
         for all of them whatever it takes.
     progress
         Called with 1 after each weight of ``stack.weights``.
+    run
+        Who measures the weights: `lorastack.fleet.workers` has processes and Ray's tasks; this process when not given.
 
     Raises
     ------
@@ -188,34 +189,25 @@ def compare(
     base_squares = np.zeros(len(entries))
     failures = Failures("the adapters cannot be compared")
     looked = 0
-    for number, (weight, at) in enumerate(weights.items()):
-        like = next(iter(at.values()))
-        parts: dict[int, list[_Part]] = {}
-        for n, delta in at.items():
-            parts[n] = failures.get(partial(_parts, entries[n], delta, weight)) or []
-        array = None if base is None else failures.get(partial(base.weight_of, weight, like))
-        # After a first problem the rest is only read, so that one error lists them all.
-        if not failures:
-            size = None if array is None else _norm(array)
-            base_squares[list(at)] += (size or 0.0) ** 2
-            counts = {}
-            if base is not None and array is not None and intruders is not None:
-                counts = _intruders(intruders, base, weight, array, parts)
-            for n, found in parts.items():
-                sigmas = [one.span.sigma for one in found]
-                measured[n].append(measure_weight(weight, flat_shape(like), sigmas, size, counts.get(n)))
-            sums = sums_of(len(entries), {n: [one.span for one in found] for n, found in parts.items()})
-            for expert in range(flat_shape(like)[0]):
-                matrix = [parts[n][expert].matrix if n in parts else None for n in range(len(entries))]
-                signs = sign_counts(matrix, None if exact else sign_samples, (number, expert))
-                sums.differ += signs.differ
-                sums.both += signs.both
-                looked += signs.looked
-            totals.add(sums)
-            if len(entries) <= FEW:
-                of_each.append(pairs_of(sums))
-        if progress is not None:
-            progress(1)
+    shares = (
+        Share.of(
+            number, weight, entries, at, sign_samples=None if exact else sign_samples, base=base, intruders=intruders
+        )
+        for number, (weight, at) in enumerate(weights.items())
+    )
+    # After a first problem the rest is only read, so that one error lists them all.
+    here = (share.measured(only_read=bool(failures)) for share in shares)
+    for one in _in_order(here if run is None else run(shares), progress):
+        failures.errors += one.errors
+        if one.sums is None or failures:
+            continue
+        base_squares[list(one.measures)] += one.base_square
+        for n, measure in one.measures.items():
+            measured[n].append(measure)
+        looked += one.looked
+        totals.add(one.sums)
+        if len(entries) <= FEW:
+            of_each.append(pairs_of(one.sums))
     failures.raise_any()
     adapters = tuple(
         measure_adapter(
@@ -247,30 +239,17 @@ def _renamed(entries: list[Entry], names: Sequence[str] | None) -> list[Entry]:
     return [one._replace(name=name) for one, name in zip(entries, names, strict=True)]
 
 
-class _Part(NamedTuple):
-    matrix: Matrix
-    span: Span
-
-
-def _parts(entry: Entry, delta: LoraDelta, weight: str) -> list[_Part]:
-    found = matrices([(entry.scale, delta)], [entry.name])
-    try:
-        return [_Part(matrix, span(matrix)) for matrix in found]
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{entry.name}: {weight}: {error}") from error
-
-
-def _intruders(
-    search: IntruderSearch, base: BaseModel, weight: str, array: np.ndarray, parts: dict[int, list[_Part]]
-) -> dict[int, tuple[int, int]]:
-    """Entry number -> intruders and vectors looked at, of all matrices of one weight."""
-    counts = dict.fromkeys(parts, (0, 0))
-    for number, matrix in enumerate(array):
-        left = search.left(base, weight, number, matrix)
-        for n, found in parts.items():
-            many, of = search.count(left, matrix, found[number].span)
-            counts[n] = counts[n][0] + many, counts[n][1] + of
-    return counts
+def _in_order(found: Iterator[Measured], progress: Callable[[int], None] | None) -> Iterator[Measured]:
+    """By number, whatever order they come in: sums are then the same to the bit."""
+    early: dict[int, Measured] = {}
+    wanted = 0
+    for one in found:
+        if progress is not None:
+            progress(1)
+        early[one.number] = one
+        while wanted in early:
+            yield early.pop(wanted)
+            wanted += 1
 
 
 def _near_duplicates(names: Sequence[str], cosine: np.ndarray, norms: np.ndarray) -> tuple[NearDuplicate, ...]:
@@ -281,10 +260,3 @@ def _near_duplicates(names: Sequence[str], cosine: np.ndarray, norms: np.ndarray
 
 def _left_out(lora: LoadedLora) -> list[str]:
     return [f"{len(values)} {kind}: {KINDS[kind]}" for kind, values in lora.extras.items() if kind not in HARMLESS]
-
-
-def _norm(array: np.ndarray) -> float:
-    flat = array.reshape(-1)
-    # A sum of squares over millions of values in float32 would lose digits; the whole in float64 would double memory.
-    parts = (flat[at : at + (1 << 20)].astype(np.float64) for at in range(0, flat.size, 1 << 20))
-    return math.sqrt(sum(float(part @ part) for part in parts))

@@ -9,10 +9,12 @@ import typer
 
 from lorastack.cli.console import echo_json, plain
 from lorastack.cli.options import Adapters, AllowMixedBases, Base, Ignore, LokrRank, Quiet, Rename, parse_renames
+from lorastack.errors import ArgumentError
 
 if TYPE_CHECKING:
     from lorastack.algebra.compare import Comparison
     from lorastack.algebra.measure import WeightMeasure
+    from lorastack.algebra.share import Runner
     from lorastack.cli.tables import Grid
 
 #: Columns of the matrix, and rows of the table of pairs; JSON has all.
@@ -40,6 +42,16 @@ def compare_command(
     all_signs: Annotated[
         bool, typer.Option("--all-signs", help="Compare signs at every entry, also where a sample would do.")
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Share the weights among so many processes; this one when not given."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Share them among the tasks of a Ray cluster: auto, local, or its address."
+        ),
+    ] = None,
     allow_mixed_bases: AllowMixedBases = False,
     ignore: Ignore = None,
     rename: Rename = None,
@@ -59,6 +71,8 @@ def compare_command(
     `lorastack compare ./my-adapters --json`
 
     `lorastack compare zara.gguf ./robot --base ./my-model --weights`
+
+    `lorastack compare ./thousand-adapters --workers 4 --json`
     """
     from lorastack.algebra.compare import INTRUDERS, SIGN_SAMPLES, IntruderSearch, compare
     from lorastack.cli.progress import step_bar
@@ -90,11 +104,20 @@ def compare_command(
             sign_samples=samples,
             allow_mixed_bases=allow_mixed_bases,
             progress=step,
+            run=_runner(workers, ray),
         )
     if as_json:
         echo_json(found.to_dict(by_weight))
         return
     _print(found, by_weight)
+
+
+def _runner(workers: int | None, ray: str | None) -> Runner | None:
+    from lorastack.fleet.workers import on_ray, processes
+
+    if workers is not None and ray is not None:
+        raise ArgumentError("--workers and --ray are two ways to share the work; give one of them")
+    return processes(workers) if workers is not None else on_ray(ray) if ray is not None else None
 
 
 def _print(found: Comparison, by_weight: bool) -> None:

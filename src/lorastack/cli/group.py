@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "resize": ("resize", "resize", "Write an adapter at a lower rank, its error said."),
     "run": ("run", "run", "Continue prompts with a base and a weighted stack of adapters."),
     "tune": ("tune", "tune", "Find the scales under which a base with adapters foretells texts best."),
+    "vllm-check": ("vllm_check", "vllm_check", "Say which adapters of a library vLLM can serve, and how."),
 }
 
 

@@ -102,7 +102,7 @@ Program = Annotated[
         "--for",
         metavar="PROGRAM",
         autocompletion=_programs,
-        help="The program that will read it: vllm, sglang, llama.cpp, ollama, comfyui-app or mlx-lm.",
+        help="The program that will read it: vllm, sglang, tensorrt-llm, lorax, llama.cpp, ollama, comfyui-app, mlx-lm",
     ),
 ]
 Method = Annotated[

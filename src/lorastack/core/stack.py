@@ -366,6 +366,12 @@ class LoraStack:
             progress=progress,
         )
 
+    def fingerprint(self, **how: Any) -> str:
+        """64 digits that tell the adapters' content, their steps and scales, and ``how``: equal for equal bakes."""
+        from lorastack.fingerprint import fingerprint
+
+        return fingerprint(self, how)
+
     @property
     def _entries(self) -> tuple[Entry, ...]:
         return self._now.entries

@@ -65,6 +65,11 @@ class OpenedFile(os.PathLike[str]):
     def __fspath__(self) -> str:
         return os.fspath(self.path)
 
+    @property
+    def version(self) -> tuple[int, ...]:
+        """What tells its content from any other's; see `version_of`."""
+        return version_of(self._was)
+
     def __str__(self) -> str:
         return str(self.path)
 
@@ -110,6 +115,8 @@ class OpenedFile(os.PathLike[str]):
     def sha256(self) -> str:
         """The hash of all its bytes, of which `read` gives a part."""
         if self._sha256 is None:
+            self._sha256 = _SUMS.get(self.version)
+        if self._sha256 is None:
             total = hashlib.sha256()
             room = memoryview(bytearray(min(_CHUNK, self.size)))
             with self._descriptor_in_use() as descriptor:
@@ -118,6 +125,10 @@ class OpenedFile(os.PathLike[str]):
                     _fill(descriptor, part, start)
                     total.update(part)
             self._sha256 = total.hexdigest()
+            with _LOCK:
+                _SUMS[self.version] = self._sha256
+                while len(_SUMS) > _MOST_SUMS:
+                    del _SUMS[next(iter(_SUMS))]
         return self._sha256
 
     @contextlib.contextmanager
@@ -183,6 +194,17 @@ class _Descriptor:
             close(self.number)
 
 
+def version_of(status: os.stat_result) -> tuple[int, ...]:
+    """What tells one version of a file from any other, whatever it is called.
+
+    The time of the last change to the file's entry is of it, since the other one can be set back.
+    """
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+#: Version of a file -> its hash, so that a large one is read through once.
+_SUMS: dict[tuple[int, ...], str] = {}
+_MOST_SUMS = 1 << 14
 #: The files whose descriptors are open, the one opened longest ago first.
 _HOLDING: deque[weakref.ref[OpenedFile]] = deque()
 _LOCK = threading.Lock()

@@ -42,7 +42,7 @@ class Provenance:
     def of_lora(cls, lora: LoadedLora) -> Self:
         """What ``lora`` was made of, with the hashes of the files it came from."""
         parts = [
-            (part, scale) for whole, scale in (lora.origin or ((lora, 1.0),)) for part, scale in _leaves(whole, scale)
+            (part, scale) for whole, scale in (lora.origin or ((lora, 1.0),)) for part, scale in leaves(whole, scale)
         ]
         with ThreadPoolExecutor(2) as pool:
             found = list(pool.map(hashes, [part for part, _ in parts]))
@@ -78,7 +78,7 @@ class Provenance:
 
 def sources_of(lora: LoadedLora) -> list[Path]:
     """Where it, and all that it was made of, was loaded from; its models too, those that are paths."""
-    parts = [part for whole, _ in lora.origin or ((lora, 1.0),) for part, _ in _leaves(whole, 1.0)]
+    parts = [part for whole, _ in lora.origin or ((lora, 1.0),) for part, _ in leaves(whole, 1.0)]
     every = (lora, *parts)
     found = [source for one in every if (source := one.source)]
     said = [one.metadata.get("base_model_name_or_path") for one in every]
@@ -113,13 +113,13 @@ def _utf8(text: str) -> str:
 _STEP_NAMES = {"scaled": "scales"}
 
 
-def _leaves(lora: LoadedLora, scale: float) -> Iterator[tuple[LoadedLora, float]]:
+def leaves(lora: LoadedLora, scale: float) -> Iterator[tuple[LoadedLora, float]]:
     """The files behind a baked adapter that was itself stacked again."""
     if not lora.origin or lora.history or lora.made:
         yield lora, scale
         return
     for part, own in lora.origin:
-        yield from _leaves(part, own * scale)
+        yield from leaves(part, own * scale)
 
 
 def _table(one: Ingredient) -> dict[str, Any]:
