@@ -15,6 +15,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from lorastack import LoadedLora, LoraStack
+from lorastack.errors import ArgumentError, UnknownNameError
 from lorastack.torch import Handle, attach
 from lorastack.torch.pool import PAGE
 from tests.torch.tiny import far
@@ -186,3 +187,27 @@ def test_twenty_compositions_and_nine_threads_compile_at_most_twice() -> None:
     finally:
         sys.setswitchinterval(5e-3)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("ranks", [0, 10**9])
+def test_a_plan_is_written_again_in_the_same_memory(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorastack.torch.layer.DENSE_RANKS", ranks)
+    model, handle, loras = one_layer()
+    x = torch.randn(3, N_IN)
+    with handle.rows([{"a0": 1.0}, {}, {"a1": 1.0}]), torch.no_grad():
+        plan = handle.current()
+        model(x)
+        layout = handle._layers["0.weight"].layout
+        made = plan.made(handle._assembly.passes.version)
+        memory = made.tiles(layout).scales
+        others = [{}, {"a4": 0.5, "a2": -1.0, "a0": 0.25}, {"a3": 1.0}]
+        plan.write(others)
+        assert far(model(x).double(), expected(model, loras, x, others)) < 1e-5
+        assert made.tiles(layout).scales is memory
+        with pytest.raises(ArgumentError, match="the plan has 3 rows, and 2 mixtures were given; make another plan"):
+            plan.write(others[:2])
+        with pytest.raises(UnknownNameError, match="no adapter is named zara"):
+            plan.write([{"zara": 1.0}, {}, {}])
+        assert far(model(x).double(), expected(model, loras, x, others)) < 1e-5
+    with pytest.raises(ArgumentError, match="the plan has no rows"):
+        handle.plain().write(others)

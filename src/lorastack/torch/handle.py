@@ -21,6 +21,7 @@ from lorastack.torch.parts import Parts, roots_of
 from lorastack.torch.plan import Plan, plan_of_context
 from lorastack.torch.rows import Mixture
 from lorastack.torch.schedule import Schedule
+from lorastack.torch.tiles import Wanted
 
 __all__ = ["ATTACHED", "Handle", "Report"]
 
@@ -252,7 +253,7 @@ class Handle:
                 "it has each prompt in a batch several times; call it once for each mixture, between set_scales()"
             )
         mixtures = [dict(mixture) for mixture in mixtures]
-        self._table(mixtures)
+        self._wanted(mixtures)
         if copies < 1:
             raise ArgumentError(f"copies is {copies}; each row stands at least once")
         rows = _token_rows(cu_seqlens, index, len(mixtures))
@@ -271,24 +272,29 @@ class Handle:
     def _plan(self, mixtures: Sequence[Mapping[str, float]] | None, index: torch.Tensor | None, copies: int) -> Plan:
         assembly = self._assembly
 
-        def make() -> Mixture:
-            return Mixture(self._table(mixtures or ()), index, assembly.layouts())
+        def make(now: Sequence[Mapping[str, float]]) -> Mixture:
+            return Mixture(self._wanted(now), len(self.names), index, assembly.layouts())
 
-        return Plan(assembly.passes.number, assembly.passes.holders, mixtures, make, index, copies)
+        def write(made: Mixture, others: Sequence[Mapping[str, float]]) -> None:
+            wanted = self._wanted(others)
+            with assembly.passes.between("a plan is written"):
+                made.write(wanted)
 
-    def _table(self, mixtures: Sequence[Mapping[str, float]]) -> torch.Tensor:
+        return Plan(assembly.passes.number, assembly.passes.holders, mixtures, make, index, copies, write)
+
+    def _wanted(self, mixtures: Sequence[Mapping[str, float]]) -> list[Wanted]:
+        """The adapters of each row by position, in the order of the stack, without those at scale 0."""
         if not mixtures:
             raise ArgumentError("rows() needs a mixture for each row of the batch; an empty one, {}, is the base")
-        unknown = sorted({name for mixture in mixtures for name in mixture if name not in self.scales})
+        at = {name: n for n, name in enumerate(self.names)}
+        unknown = sorted({name for mixture in mixtures for name in mixture if name not in at})
         if unknown:
             near = did_you_mean(unknown[0], self.names)
             said = ", ".join(unknown)
             raise UnknownNameError(f"no adapter is named {said}; attached are {', '.join(self.names)}{near}")
-        for scale in [scale for mixture in mixtures for scale in mixture.values()]:
-            _checked(scale)
+        wanted = [sorted((at[name], _checked(scale)) for name, scale in mixture.items()) for mixture in mixtures]
         self._refuse_without_rows()
-        rows = [[mixture.get(name, 0.0) for name in self.names] for mixture in mixtures]
-        return torch.tensor(rows, dtype=torch.float32).reshape(len(mixtures), len(self.names))
+        return [[one for one in mine if one[1] != 0] for mine in wanted]
 
     def _refuse_without_rows(self) -> None:
         """UnsupportedError that lists what has no row; looked for once after adapters came or went."""

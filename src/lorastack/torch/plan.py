@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lorastack.errors import ShapeError
+from lorastack.errors import ArgumentError, ShapeError
 
 
 class Holding:
@@ -46,11 +46,13 @@ class Plan:
     mixtures
         One mapping of adapter name to scale for each row; None for the stack's own scales.
     make
-        () -> what the rows are computed with.
+        (mixtures) -> what the rows are computed with.
     index
         Packed input: the row of every token, ``[tokens]``.
     copies
         How often each row stands in the batch, side by side.
+    write
+        (what the rows are computed with, other mixtures) -> nothing; see `write`.
     """
 
     def __init__(
@@ -58,20 +60,43 @@ class Plan:
         number: int,
         holders: set[Any],
         mixtures: Sequence[Mapping[str, float]] | None,
-        make: Callable[[], Any] | None = None,
+        make: Callable[[Sequence[Mapping[str, float]]], Any] | None = None,
         index: torch.Tensor | None = None,
         copies: int = 1,
+        write: Callable[[Any, Sequence[Mapping[str, float]]], None] | None = None,
     ) -> None:
         self.number, self.mixtures, self.index, self.copies = number, mixtures, index, copies
-        self._holders, self._make = holders, make
+        self._holders, self._make, self._write = holders, make, write
         self._made: tuple[int, Any] | None = None
 
     def made(self, version: int) -> Any:
         """What the rows are computed with; made once for each set of attached adapters."""
         if self._made is None or self._made[0] != version:
             assert self._make is not None
-            self._made = (version, self._make())
+            self._made = (version, self._make(self.mixtures or ()))
         return self._made[1]
+
+    def write(self, mixtures: Sequence[Mapping[str, float]]) -> None:
+        """Other mixtures in place of the plan's, in the same memory: for a graph that was captured with it.
+
+        Between passes, and as often as a batch changes; a graph that is replayed then computes with these. There are as
+        many rows as before.
+
+        Raises
+        ------
+        UnknownNameError
+            Listing every name that is not attached.
+        ArgumentError
+            When there are more or fewer rows, or one has more pages of factors than there is room for. Nothing is
+            changed then.
+        """
+        mixtures = [dict(mixture) for mixture in mixtures]
+        if self.mixtures is None or self._write is None or len(mixtures) != len(self.mixtures):
+            rows = "no rows" if self.mixtures is None else f"{len(self.mixtures)} rows"
+            raise ArgumentError(f"the plan has {rows}, and {len(mixtures)} mixtures were given; make another plan")
+        if self._made is not None:
+            self._write(self._made[1], mixtures)
+        self.mixtures = mixtures
 
     def check_batch(self, batch: int | None) -> int:
         """The rows of the batch; ShapeError when they are not those of the plan."""

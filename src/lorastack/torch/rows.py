@@ -5,7 +5,7 @@ What the rows of a batch come to is made once for each `Layout`; how a layer com
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -14,15 +14,17 @@ from lorastack.errors import ShapeError
 from lorastack.torch.layout import sees_pictures
 from lorastack.torch.passes import Pass
 from lorastack.torch.plan import rows_of_layer
-from lorastack.torch.tiles import Layout, Tiles, tiles_of
+from lorastack.torch.tiles import Layout, Tiles, Wanted, tiles_of
 from lorastack.torch.ways.board import Board, Numbers
 
 
 class Mixture:
-    """The scales of each row for each adapter, ``table [rows, adapters]``; and how tokens belong to rows.
+    """The scales of each row for each adapter, and how tokens belong to rows.
 
     Parameters
     ----------
+    wanted
+        For each row its adapters, by position, and their scales; of so many ``adapters``.
     index
         For packed input: the row of every token, ``[tokens]``. Without it the batch is split evenly, so
         that beams and returned sequences, which repeat rows, follow their row.
@@ -30,17 +32,45 @@ class Mixture:
         Those of the layers.
     """
 
-    def __init__(self, table: torch.Tensor, index: torch.Tensor | None, layouts: Iterable[Layout]) -> None:
+    def __init__(
+        self, wanted: Sequence[Wanted], adapters: int, index: torch.Tensor | None, layouts: Iterable[Layout]
+    ) -> None:
         self.index = index
-        self.rows = table.shape[0]
-        wanted = [[(n, scale) for n, scale in enumerate(row) if scale != 0] for row in table.tolist()]
-        layouts = tuple(layouts)
+        self.rows = len(wanted)
+        self.adapters = adapters
         self._wanted = wanted
+        table = self._table(wanted)
         self._tiles = {id(layout): (layout, tiles_of(layout, wanted, table)) for layout in layouts}
         #: Of the page kernels: the plan's page numbers, and a board for each shape of batch.
         self._numbers: Numbers | None = None
-        self._boards: dict[int, Board] = {}
+        self._boards: dict[int, tuple[Board, np.ndarray]] = {}
         self._stretches: tuple[torch.Tensor, list[tuple[int, int, int]]] | None = None
+
+    def _table(self, wanted: Sequence[Wanted]) -> torch.Tensor:
+        """``[rows, adapters]``."""
+        table = np.zeros((self.rows, self.adapters), np.float32)
+        for row, mine in enumerate(wanted):
+            for entry, scale in mine:
+                table[row, entry] = scale
+        return torch.from_numpy(table)
+
+    def write(self, wanted: Sequence[Wanted]) -> None:
+        """Other mixtures in the same memory.
+
+        Raises
+        ------
+        ArgumentError
+            When a board has no room for them; nothing is changed then.
+        """
+        ready = [(board, board.composed(wanted, each, self.numbers)) for board, each in self._boards.values()]
+        for board, host in ready:
+            board.put(host)
+        table, self._wanted = self._table(wanted), wanted
+        for key, (layout, old) in self._tiles.items():
+            new = tiles_of(layout, wanted, table)
+            for name in ("scales", "mask", "by_entry"):
+                getattr(old, name).copy_(getattr(new, name))
+            self._tiles[key] = (layout, old._replace(runs=new.runs, pairs=new.pairs))
 
     def tiles(self, layout: Layout) -> Tiles:
         """What the rows want where adapters lie so."""
@@ -62,15 +92,16 @@ class Mixture:
     def board(self, running: Pass, tokens: int, device: torch.device) -> Board:
         """The tiles of a layer of so many tokens; written when the first such layer comes."""
         index = self.index_for(running, tokens)
-        board = self._boards.get(tokens) if index is self.index else None
-        if board is None:
+        known = self._boards.get(tokens) if index is self.index else None
+        if known is None:
             spread = np.arange(self.rows).repeat(tokens // self.rows)
             each = spread if index is None else index.cpu().numpy()
             board = Board.for_batch(self._wanted, each, self.numbers, device)
             board.write(self._wanted, each, self.numbers)
             if index is self.index:
-                self._boards[tokens] = board
-        return board
+                self._boards[tokens] = board, each
+            return board
+        return known[0]
 
     def index_for(self, running: Pass, tokens: int) -> torch.Tensor | None:
         """Packed input: the row of each of a layer's tokens, all of them or those whose logits are asked for."""

@@ -40,6 +40,7 @@ class Layout:
             owner[first : first + rank] = entry
             scaling[first : first + rank] = own  # and 0 for ranks that are nobody's
         self._owner, self._scaling = owner, scaling
+        self._each: torch.Tensor | None = None
         #: Of the page kernels: the layer's pages by the plan's numbers, and their scalings.
         self.pages: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -49,8 +50,9 @@ class Layout:
 
     def by_entry(self, table: torch.Tensor) -> torch.Tensor:
         """``[rows, adapters]``: each row's multiplier of each adapter, 0 for one that leaves the layer alone."""
-        each = torch.tensor([self.spans[n][2] if n in self.spans else 0.0 for n in range(table.shape[1])])
-        return (table * each).to(self.device, self.dtype)
+        if self._each is None or len(self._each) != table.shape[1]:
+            self._each = torch.tensor([self.spans[n][2] if n in self.spans else 0.0 for n in range(table.shape[1])])
+        return (table * self._each).to(self.device, self.dtype)
 
 
 class Run(NamedTuple):

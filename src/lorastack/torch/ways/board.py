@@ -83,6 +83,20 @@ class Board:
         ArgumentError
             When it does not have the room.
         """
+        self.put(self.composed(wanted, each, numbers))
+
+    def put(self, host: np.ndarray) -> None:
+        """Copy there what `composed` made."""
+        self._memory.copy_(torch.from_numpy(host))
+
+    def composed(self, wanted: Sequence[Wanted], each: np.ndarray, numbers: Numbers) -> np.ndarray:
+        """All arrays of a composition, side by side.
+
+        Raises
+        ------
+        ArgumentError
+            When it does not have the room.
+        """
         host = np.zeros(sum(self._sizes), np.int32)
         rows, slot_tile, slot_page, tile_slot, tile_n, scales = np.split(host, np.cumsum(self._sizes)[:-1])
         floats = scales.view(np.float32)
@@ -112,7 +126,7 @@ class Board:
                     floats[slot * TILE : slot * TILE + len(part)] = [scale_of[row][entry] for row in own.tolist()]
                     slot += 1
                 tile += 1
-        self._memory.copy_(torch.from_numpy(host))
+        return host
 
 
 def _tokens(each: np.ndarray, rows: int) -> list[np.ndarray]:
