@@ -60,9 +60,12 @@ mixture = st.dictionaries(
 
 
 @pytest.mark.parametrize("ranks", [0, 10**9])
-def test_random_compositions_are_the_sum_in_float64(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own", [RANKS, (4,) * 6])  # adapters of one rank are multiplied together
+def test_random_compositions_are_the_sum_in_float64(
+    own: tuple[int, ...], ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lorastack.torch.layer.DENSE_RANKS", ranks)
-    model, handle, loras = one_layer()
+    model, handle, loras = one_layer(own)
 
     @settings(max_examples=60, deadline=None)
     @given(st.lists(mixture, min_size=1, max_size=9), st.sampled_from([(), (1,), (3,), (2, 2)]))
