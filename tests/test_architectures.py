@@ -201,7 +201,7 @@ def test_gate_alone_and_up_alone_come_back_into_the_parameter_of_both(model_type
     np.testing.assert_allclose(dense_of(again.adapters[name]), dense_of(there.adapters[name]), atol=1e-6)
     other = next(n for n in again.adapters if n != name)
     assert not dense_of(again.adapters[other]).any()
-    assert (np.abs(dense_of(found)).sum(-1) > 0).mean() == 0.5
+    assert (dense_of(found) != 0).mean() == 0.5  # half of its rows, or of its columns where it is turned
 
 
 # ---- DeepSeek's latent attention

@@ -100,6 +100,22 @@ def test_presets_are_those_of_the_table(preset: str) -> None:
     assert block_weights(SD, preset) == block_weights(SD, TABLE[preset])
 
 
+def test_presets_take_blocks_between_theirs_along() -> None:
+    xl = [f"lora_unet_{side}_blocks_{n}_1_proj_in" for side in ("input", "output") for n in range(9)]
+    found = {preset: [int(factor) for factor in block_weights(xl, preset).values()] for preset in PRESETS[3:]}
+    assert found == {
+        "INS": [1] * 5 + [0] * 13,
+        "IND": [0] * 5 + [1] * 4 + [0] * 9,
+        "INALL": [1] * 9 + [0] * 9,
+        "MIDD": [0] * 5 + [1] * 11 + [0] * 2,
+        "OUTD": [0] * 9 + [1] * 7 + [0] * 2,
+        "OUTS": [0] * 16 + [1] * 2,
+        "OUTALL": [0] * 9 + [1] * 9,
+    }
+    with pytest.raises(ArgumentError, match="have no number for D03"):
+        block_weights(["lora_unet_double_blocks_3_img_attn_qkv"], "MIDD")
+
+
 def test_flux() -> None:
     names = [
         "lora_unet_double_blocks_3_img_attn_qkv",
@@ -120,7 +136,7 @@ def test_flux() -> None:
 def test_what_cannot_be_honoured_is_refused_by_name() -> None:
     xl = ["lora_unet_output_blocks_0_1_proj_in", "lora_unet_input_blocks_4_1_proj_in"]
     with pytest.raises(ArgumentError) as caught:
-        block_weights(xl, "OUTALL")
+        block_weights(xl, [1.0] * 17)
     assert str(caught.value) == (
         "these 17 block weights have no number for OUT00, which the adapter has; give 12 numbers (SDXL) or 20 numbers "
         "(SDXL with convolutions) or 26 numbers (any UNet)"

@@ -248,16 +248,6 @@ def test_rank_and_alpha_patterns_of_experts_are_looked_up_by_parameter(tmp_path:
     assert lora.adapters["model.layers.0.mlp.experts.down_proj"].rank == 2
 
 
-def test_a_grouped_convolution_which_peft_stores_in_another_way_is_refused(tmp_path: Path) -> None:
-    net = Net()
-    net.conv2d = nn.Conv2d(6, 8, 3, groups=2)
-    saved(net, tmp_path, LoraConfig(r=4, target_modules=["conv2d"]))
-    with pytest.raises(
-        FormatError, match=r"conv2d: lora_A is \(4, 6, 3, 3\) and lora_B is \(8, 2, 1, 1\): rank 4 agai"
-    ):
-        load(tmp_path)
-
-
 def test_experts_with_fewer_factors_than_targets_are_refused(tmp_path: Path) -> None:
     config = LoraConfig(r=3, target_modules=[], target_parameters=["mlp.experts.down_proj"])
     saved(EXPERTS["qwen3"](), tmp_path, config)

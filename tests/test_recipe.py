@@ -142,7 +142,7 @@ def test_everything_that_is_wrong_is_listed() -> None:
         )
 
     def steps(number: int, *said: str) -> list[str]:
-        known = "has no meaning; there are names, rename, scales, select, without_extras"
+        known = "has no meaning; there are lokr_rank, names, rename, scales, select, without_extras"
         return [f"adapter {number}: step {step} {known}" for step in said]
 
     assert list(caught.value.problems) == [

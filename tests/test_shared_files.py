@@ -86,6 +86,10 @@ PEFT = {
     "stories260k/adapters/excited-dora": Adapter(15, 4, 8, (LLAMA_Q.format(4), 2.0, (64, 64)), extras={"dora": 15}),
 }
 
+#: Folder -> weights, rank, and the scale in its config, which MLX multiplies by as it is.
+MLX = {"other/mlx-dpo-test": (4, 8, 20.0), "other/mlx-llama3-8b-discollama": (4, 8, 2.0)}
+MLX_FILES = [f"{folder}/{file}" for folder in MLX for file in ("adapter_config.json", "adapters.safetensors")]
+
 #: Weights of a PEFT folder, each of which loads as the folder does.
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "derived_adapter_model.safetensors")
 
@@ -120,12 +124,6 @@ REFUSED = {
     "gguf_cases/logits_llama_cpp.json": NOT_THIS,
     "gguf_cases/logits_llama_cpp.npz": NUMPY,
     "README.md": NOT_THIS,
-    "other/mlx-dpo-test": ("MLX",),
-    "other/mlx-dpo-test/adapter_config.json": ("MLX",),
-    "other/mlx-dpo-test/adapters.safetensors": ("MLX",),
-    "other/mlx-llama3-8b-discollama": ("MLX",),
-    "other/mlx-llama3-8b-discollama/adapter_config.json": ("MLX",),
-    "other/mlx-llama3-8b-discollama/adapters.safetensors": ("MLX",),
     "other/sd15-cloneofsimo-analog-r4": ("cloneofsimo", "by position"),
     "other/sd15-cloneofsimo-analog-r4/analog_svd_rank4.safetensors": ("cloneofsimo", "by position"),
     "other/sd15-cloneofsimo-disney": ("cloneofsimo", "by position"),
@@ -180,12 +178,29 @@ IN_PEFT_FOLDERS = [name for name in EVERYTHING if peft_folder(name)]
 
 
 def test_every_file_and_folder_is_in_one_list(shared: Path) -> None:
-    known = [*GGUF, *PEFT, *REFUSED, *IN_PEFT_FOLDERS]
+    known = [*GGUF, *PEFT, *MLX, *MLX_FILES, *REFUSED, *IN_PEFT_FOLDERS]
     assert len(known) == len(set(known))
     there = {"" if name == "." else name for name in EVERYTHING} | {""}
     assert there - set(known) == set(), "neither loaded nor refused by a test here"
     assert set(known) - there == set(), "no longer in the reference data"
     assert len(IN_PEFT_FOLDERS) == 2 * len(PEFT) + 4
+
+
+@pytest.mark.parametrize("folder", MLX)
+def test_mlx_adapter_is_what_its_own_formula_says(shared: Path, folder: str) -> None:
+    """``y + scale * (x @ lora_a) @ lora_b`` (mlx-lm, tuner/lora.py)."""
+    weights, rank, scale = MLX[folder]
+    lora = load(shared / folder)
+    assert (lora.num_adapters(), lora.rank, lora.naming) == (weights, rank, "hf")
+    parts = safetensors.torch.load_file(shared / folder / "adapters.safetensors")
+    assert {f"{name}.weight" for name in {key.rpartition(".")[0] for key in parts}} == set(lora.adapters)
+    for name, delta in lora.adapters.items():
+        stem = name.removesuffix(".weight")
+        a, b = (parts[f"{stem}.lora_{part}"].to(torch.float64).numpy() for part in "ab")
+        ours = delta.scaling * (delta.b.astype(np.float64) @ delta.a)
+        np.testing.assert_allclose(ours, scale * (a @ b).T, rtol=1e-6, atol=1e-12)
+    alone = load(shared / folder / "adapters.safetensors")
+    assert {name: str(delta) for name, delta in alone.adapters.items()} == {n: str(d) for n, d in lora.adapters.items()}
 
 
 @pytest.mark.parametrize("name", GGUF)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -81,7 +82,7 @@ def inspect(lora: LoadedLora, base: BaseModel | None = None) -> Inspection:
         base=_text(metadata.get("base_model_name_or_path")) or training.base_model or None,
         architecture=_text(metadata.get("general.architecture")),
         weights=len(deltas),
-        modules=list(dict.fromkeys(name.removesuffix(".weight").rpartition(".")[2] for name in deltas)),
+        modules=list(dict.fromkeys(map(_module, deltas))),
         ranks=sorted({delta.rank for delta in deltas.values()}),
         alpha=lora.file_alpha,
         scalings=sorted({round(delta.scaling, 9) for delta in deltas.values()}),
@@ -95,6 +96,12 @@ def inspect(lora: LoadedLora, base: BaseModel | None = None) -> Inspection:
         training={key: value for key, value in asdict(training).items() if value and key != "odd"},
         hashes=short_hashes(lora),
     )
+
+
+def _module(name: str) -> str:
+    """What of a layer a weight is; of a kohya name, what stands behind the last number inside it."""
+    last = name.removesuffix(".weight").rpartition(".")[2]
+    return re.sub(r"^lora_\w*_\d+_(?=[a-z])", "", last)
 
 
 def _format(lora: LoadedLora, naming: str, metadata: Mapping[str, Any]) -> str:

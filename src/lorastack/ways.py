@@ -83,5 +83,7 @@ MIXED = (
 
 def drop_extras(kind: str | None = None) -> Way:
     """Leaving out what is not low-rank, of this kind or any."""
+    if kind == "lokr":
+        return Way("cut it to a low rank with load(path, rank=...)", "cut it to a low rank with --lokr-rank")
     said = repr(kind) if kind else ""
     return Way(f"leave it out with without_extras({said})", "leave out all that is not low-rank with --drop-extras")

@@ -285,3 +285,26 @@ def test_a_format_lists_everything_that_it_cannot_hold_and_writes_nothing(tmp_pa
 def test_a_format_has_its_ending(tmp_path: Path, name: str, format: Any, said: str) -> None:
     with pytest.raises(ArgumentError, match=said):
         save(full(), tmp_path / name, format=format)
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_a_live_model_computes_what_diffusers_does(tmp_path: Path, format: Any) -> None:
+    """One file on the UNet by itself, with ours and with `load_lora_weights`."""
+    from lorastack import LoraStack
+    from lorastack.torch import attach
+
+    torch.manual_seed(0)
+    pipe, x = pipeline(), (torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 5, 12))
+    lora = adapter(pipe, 5, [0.5, -1.5, 0.3]).select("unet.*")
+    path = save(lora, tmp_path / "x.safetensors", format=format)
+    with torch.no_grad():
+        plain = pipe.unet(*x).sample
+        with attach(pipe.unet, LoraStack([(load(path), 0.8)])):
+            got = pipe.unet(*x).sample
+        assert torch.equal(pipe.unet(*x).sample, plain)
+        theirs = save(lora, tmp_path / "d.safetensors", format="diffusers")
+        pipe.load_lora_weights(str(tmp_path), weight_name=theirs.name, adapter_name="x")
+        pipe.set_adapters(["x"], [0.8])
+        expected = pipe.unet(*x).sample
+    assert (got - plain).abs().max() > 1e-3
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

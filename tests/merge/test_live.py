@@ -98,7 +98,7 @@ def test_what_is_attached_is_not_merged_into_and_what_does_not_fit_changes_nothi
     with pytest.raises(UnsupportedError, match=r"weight nowhere\.weight is none of the model's"):
         merge_into(model, LoraStack([(lora("a", 0), 1.0), (adapter_for({"nowhere.weight": (3, 3)}), 1.0)]))
     stack = LoraStack([(lora("a", 0, extras=True), 1.0), (lora("b", 1, extras=True), 1.0)])
-    with pytest.raises(UnsupportedError, match=r"a and b both replace one\.bias"):
+    with pytest.raises(UnsupportedError, match=r"a and b both replace bias one\.bias, table"):
         merge_into(model, stack)
     packed = copy.deepcopy(model)
     packed.one.weight = nn.Parameter(packed.one.weight.to(torch.float8_e4m3fn), requires_grad=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 
 from lorastack import LoadedLora, LoraStack
 from lorastack.base import open_base
-from lorastack.base.original import OriginalNames
+from lorastack.base.checkpoint import OriginalNames
 from lorastack.cli import app
 from lorastack.errors import ArgumentError, FormatError, NamingError, UnsupportedError
 from lorastack.extracting import extract
@@ -273,6 +274,33 @@ def test_the_command_merges_into_a_checkpoint_and_takes_the_adapter_out_again(tm
         assert np.abs(products[0] - products[1]).max() < 1e-4, name
 
 
+def test_what_a_checkpoint_keeps_otherwise_is_compared_as_the_weight_that_it_is(tmp_path: Path) -> None:
+    pipe = stable_diffusion_xl()
+    state = checkpoint(pipe)
+    front = "conditioner.embedders.1.model."
+    changed = {f"{front}text_projection": torch.ones(32, 32) / 32}
+    bias = f"{front}transformer.resblocks.0.attn.in_proj_bias"
+    changed[bias] = torch.cat([torch.zeros(32), torch.ones(32), torch.zeros(32)])
+    attention = "first_stage_model.encoder.mid.attn_1.q.weight"
+    changed[attention] = torch.outer(torch.arange(16.0), torch.ones(16))[..., None, None]
+    save_file(state, tmp_path / "old.safetensors")
+    save_file({k: v + changed[k] if k in changed else v for k, v in state.items()}, tmp_path / "new.safetensors")
+    found = extract(tmp_path / "new.safetensors", tmp_path / "old.safetensors", rank=1, save_rest=True)
+    text = "text_encoder_2.text_projection.weight"
+    wanted = {
+        text: np.ones((32, 32)) / 32,
+        "vae.encoder.mid_block.attentions.0.to_q.weight": np.outer(range(16), [1] * 16),
+    }
+    assert set(found.adapters) == set(wanted)
+    for name, change in wanted.items():
+        delta = found.adapters[name]
+        assert np.abs(delta.scaling * delta.b @ delta.a - change).max() < 1e-5, name
+    (biases,) = found.extras.values()
+    (name,) = biases
+    assert name == "text_encoder_2.text_model.encoder.layers.0.self_attn.k_proj.bias"
+    assert np.abs(biases[name].take() - (state[bias][32:64].numpy() + 1)).max() < 1e-6
+
+
 def test_what_cannot_be_a_base_or_merged_into_is_refused_by_name(tmp_path: Path) -> None:
     pipe = stable_diffusion_xl()
     state = checkpoint(pipe)
@@ -316,6 +344,8 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path: Path) -> None:
         open_base(tmp_path / "base")
     assert len(caught.value.problems) == 2
     index.write_text(json.dumps(said))
+    for other in ("scheduler", "tokenizer"):  # of a hub id they are not fetched
+        shutil.rmtree(tmp_path / "base" / other)
     weights = tmp_path / "base/unet/diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert len(open_base(tmp_path / "base").parts) == 3
@@ -357,3 +387,27 @@ def test_odd_names_in_a_checkpoint_are_no_weights_and_no_crash(data: st.DataObje
 
 with torch.device("meta"):
     KEYS = sorted({re.sub(r"\d+", "1", key): key for key in checkpoint(stable_diffusion_xl())}.values())
+
+
+@pytest.mark.parametrize("front", ["", "text_model."])
+def test_a_text_encoders_names_fit_folders_of_older_and_newer_saves(front: str, tmp_path: Path) -> None:
+    pipe = stable_diffusion()
+    lora = adapter(pipe, ("text_encoder",))
+    flat = LoadedLora.from_tensors(
+        {n.replace("text_model.", ""): tuple(f.take() for f in d.factors) for n, d in lora.adapters.items()}, alpha=2
+    )
+    pipe.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base/text_encoder/model.safetensors"
+    before = {name.removeprefix("text_model."): tensor for name, tensor in load_file(path).items()}
+    save_file({front + name: tensor for name, tensor in before.items()}, path, metadata={"format": "pt"})
+    found = []
+    for n, one in enumerate((lora, flat)):
+        done = merge(tmp_path / "base", one, tmp_path / f"new{n}", verify=True)
+        assert done.changed == len(lora.adapters)
+        found.append(load_file(tmp_path / f"new{n}/text_encoder/model.safetensors"))
+        assert all(torch.equal(tensor, found[0][name]) for name, tensor in found[n].items())
+    name = "encoder.layers.1.mlp.fc1.weight"
+    delta = lora.adapters[f"text_encoder.text_model.{name}"]
+    a, b = (factor.take().astype(np.float64) for factor in delta.factors)
+    wanted = before[name].double() + torch.from_numpy(delta.scaling * b @ a)
+    assert_same_numbers(found[0][front + name].double(), wanted, name)

@@ -263,10 +263,10 @@ def test_two_adapters_that_replace_the_same_module_are_an_error(tmp_path: Path) 
         )
         for n in range(2)
     ]
-    with pytest.raises(UnsupportedError, match="s1 and s0 both replace lm_head; attach only one"):
+    with pytest.raises(UnsupportedError, match="s0 and s1 both replace lm_head; attach only one"):
         attach(model, LoraStack([(lora, 1.0) for lora in loras]))
     with attach(model, loras[0]) as handle:
-        with pytest.raises(UnsupportedError, match="s1 and s0 both replace lm_head"):
+        with pytest.raises(UnsupportedError, match="s0 and s1 both replace lm_head"):
             handle.push(loras[1])
         handle.replace("s0", loras[1])
         assert handle.names == ("s1",)

@@ -255,7 +255,7 @@ def test_a_layer_that_gets_another_batch_is_refused() -> None:
     with (
         attach(model, adapter_for({"one.weight": (8, 8)})) as handle,
         handle.rows([{"made": 1.0}] * 2),
-        pytest.raises(ShapeError, match=r"a layer got \[4, 2, 8\], in a pass of 2 rows; its rows cannot be told"),
+        pytest.raises(ShapeError, match=r"one.weight got \[4, 2, 8\], in a pass of 2 rows; its rows cannot be told"),
     ):
         model(torch.randn(2, 4, 8))
 

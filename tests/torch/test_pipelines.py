@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lorastack import LoadedLora, LoraStack
+from lorastack import LoadedLora, LoraStack, block_weights, load
 from lorastack.errors import ArgumentError, UnknownNameError, UnsupportedError
 from lorastack.torch import attach, detach, merge_into
 from tests.pipelines import PIPELINES, adapter, as_diffusers, picture, stable_diffusion, stable_diffusion_xl, unet
@@ -255,3 +258,41 @@ def test_another_thread_does_not_get_a_schedules_scales() -> None:
     thread.start()
     thread.join()
     assert len(told) == 1
+
+
+def test_a_text_encoders_adapter_is_not_taken_for_a_vision_models() -> None:
+    lora = adapter(stable_diffusion(), ("text_encoder",)).with_weights_renamed({"text_encoder": ""})
+    assert all(name.startswith("text_model.encoder.layers") for name in lora.adapters)
+    layers = SimpleNamespace(hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=3)
+    vision = CLIPVisionModel(CLIPVisionConfig(**vars(layers), image_size=16, patch_size=8))
+    with pytest.raises(UnsupportedError):
+        attach(vision, lora)
+    with attach(stable_diffusion().text_encoder, lora):
+        pass
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_a_kohya_file_gives_the_picture_of_the_same_adapter_under_live_names(kind: str, tmp_path: Path) -> None:
+    pipe = PIPELINES[kind]()
+    lora = adapter(pipe, PARTS[kind], size=0.3)
+    with attach(pipe, lora):
+        wanted = picture(pipe)
+    fronts = {"text_encoder": "lora_te" if kind == "sd" else "lora_te1", "text_encoder_2": "lora_te2"}
+    fronts |= {"unet": "lora_unet", "transformer": "lora_transformer"}
+    state = {}
+    for name, delta in lora.adapters.items():
+        part, _, path = name.removesuffix(".weight").partition(".")
+        key = f"{fronts[part]}_{path.replace('.', '_')}"
+        for which, factor in zip(("down", "up"), delta.factors, strict=True):
+            state[f"{key}.lora_{which}.weight"] = torch.from_numpy(factor.take().copy())
+        state[f"{key}.alpha"] = torch.tensor(2.0)
+    save_file(state, tmp_path / "ink.safetensors")
+    ink = load(tmp_path / "ink.safetensors")
+    with attach(pipe, ink) as handle:
+        assert np.array_equal(picture(pipe), wanted)
+        assert not handle.unused()
+    if kind == "sd":
+        with pytest.raises(UnsupportedError, match=r"6 weights are of text_encoder, .* select\('lora_unet_\*'\)"):
+            attach(pipe.unet, ink)
+        with attach(pipe.unet, ink.select("lora_unet_*").scaled(block_weights(ink.select("lora_unet_*"), "INALL"))):
+            pass

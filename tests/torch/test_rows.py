@@ -227,7 +227,6 @@ def enter(handle: Handle, mixtures: list[dict[str, float]], **options: object) -
         ({"use_dora": True}, "it has DoRA magnitudes"),
         ({"bias": "all"}, "it has trained biases of the base"),
         ({"modules_to_save": ["lm_head"]}, "it has whole saved modules"),
-        ({"lora_bias": True}, "it has lora_B biases"),
         ({"trainable_token_indices": {"embed_tokens": [3]}}, "it has trained tokens"),
     ],
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -104,11 +106,21 @@ def test_another_search_is_refused_with_what_is_another(tmp_path: Path) -> None:
         tune(Stories(), PAIR, closeness, trials=5, resume=tmp_path)
 
 
+def _read_to_the_end(descriptor: int, into: bytearray) -> None:
+    """What a terminal shows while it is shown: it takes no more where nobody reads."""
+    with contextlib.suppress(OSError):  # what Linux says where the other end is closed
+        while part := os.read(descriptor, 1 << 16):
+            into += part
+
+
 def test_ctrl_c_writes_the_best_and_the_command_goes_on(demo: Path, tmp_path: Path) -> None:
     """In a terminal of its own, as a user would: Ctrl-C while it searches, then again to the end."""
     words = [sys.executable, "-m", "lorastack", "tune", str(demo / "base"), str(demo / "luna"), str(demo / "robot"),
              "--text", str(demo / "eval.txt"), "--resume", "search.log", "-o", "best.toml", "--json"]  # fmt: skip
     here, there = pty.openpty()
+    shown = bytearray()
+    reader = threading.Thread(target=_read_to_the_end, args=(here, shown))
+    reader.start()
     with subprocess.Popen(
         [*words, "--trials", "5000"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=there, text=True
     ) as process:
@@ -119,13 +131,13 @@ def test_ctrl_c_writes_the_best_and_the_command_goes_on(demo: Path, tmp_path: Pa
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
     os.close(there)
-    shown = os.read(here, 1 << 20).decode()
+    reader.join(60)
     os.close(here)
-    said = json.loads(out)
-    assert process.returncode == 130, shown
+    said, words_shown = json.loads(out), shown.decode()
+    assert process.returncode == 130, words_shown
     assert said["stopped"]
-    assert "Traceback" not in shown
-    assert f"stopped after {len(said['trials'])} of 5000 trials; --resume search.log goes on from here" in shown
+    assert "Traceback" not in words_shown
+    assert f"stopped after {len(said['trials'])} of 5000 trials; --resume search.log goes on from here" in words_shown
     scales = {lora.name: scale for lora, scale in LoraStack(load_entries(tmp_path / "best.toml"))}
     assert scales == {name: scale for name, scale in said["scales"].items() if name in scales}
     count = len(said["trials"]) + 3

@@ -27,6 +27,8 @@ class Architecture(NamedTuple):
     prefix: str = "model"
     #: How gate and up lie in the parameter of all experts: one half each, or row by row in turn.
     experts: Literal["halves", "turns"] = "halves"
+    #: Whether all experts' parameter is ``[E, in, out]``, and PEFT's factors are those of it as it lies.
+    as_it_lies: bool = False
 
 
 _LISTED = (
@@ -93,8 +95,8 @@ _LISTED = (
     Architecture("Lfm2ForCausalLM", "lfm2"),
     Architecture("Lfm2MoeForCausalLM", "lfm2moe"),
     Architecture("Dots1ForCausalLM", "dots1"),
-    Architecture("Llama4ForCausalLM", "llama4"),
-    Architecture("Llama4ForConditionalGeneration", "llama4", prefix=""),
+    Architecture("Llama4ForCausalLM", "llama4", as_it_lies=True),
+    Architecture("Llama4ForConditionalGeneration", "llama4", prefix="", as_it_lies=True),
     Architecture("DeepseekV2ForCausalLM", "deepseek2"),
     Architecture("DeepseekV3ForCausalLM", "deepseek2"),
     Architecture("Glm4MoeLiteForCausalLM", "deepseek2"),

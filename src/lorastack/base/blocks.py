@@ -25,15 +25,16 @@ LAYOUTS: Mapping[int, Sequence[str]] = {
     61: ["CLIP", "T5", "IN", *_FLUX, "OUT"],
 }
 _WHOSE = {12: "SDXL", 17: "SD 1.5", 20: "SDXL with convolutions", 26: "any UNet", 57: "Flux", 61: "Flux whole"}
-#: Preset -> the blocks that are at 1, the others at 0. They are made for the 17 blocks of SD 1.5.
-_AT_ONE: Mapping[str, Sequence[str]] = {
-    "INS": LAYOUTS[17][:4],
-    "IND": ["BASE", *LAYOUTS[17][4:7]],
-    "INALL": LAYOUTS[17][:7],
-    "MIDD": ["BASE", *LAYOUTS[17][4:12]],
-    "OUTD": ["BASE", *LAYOUTS[17][8:12]],
-    "OUTS": ["BASE", *LAYOUTS[17][12:]],
-    "OUTALL": ["BASE", *LAYOUTS[17][8:]],
+#: Preset -> the blocks of a UNet that are at 1, from the first to the last; the others are at 0. The lists of 17 that
+#: these are known by say nothing of the other blocks (convolutions, some of SDXL's), which are as those beside.
+_AT_ONE: Mapping[str, tuple[str, str]] = {
+    "INS": ("IN00", "IN04"),
+    "IND": ("IN05", "IN11"),
+    "INALL": ("IN00", "IN11"),
+    "MIDD": ("IN05", "OUT06"),
+    "OUTD": ("OUT00", "OUT06"),
+    "OUTS": ("OUT07", "OUT11"),
+    "OUTALL": ("OUT00", "OUT11"),
 }
 #: Preset -> the one number of every block, of any model.
 _EVERYWHERE = {"NONE": 0.0, "ALL": 1.0, "ALL0.5": 0.5}
@@ -93,9 +94,9 @@ def block_weights(lora: LoadedLora | Iterable[str], weights: str | Sequence[floa
     lora
         The adapter, or its weights' names.
     weights
-        A preset (ALL, NONE, ALL0.5, INS, IND, INALL, MIDD, OUTD, OUTS, OUTALL), or numbers, also as text with commas:
-        17 for SD 1.5, 12 or 20 for SDXL, 26 for any UNet, 57 (D00 to S37) or 61 (CLIP, T5, IN before, OUT behind) for
-        Flux.
+        A preset: ALL, NONE, ALL0.5, or of a UNet INS, IND, INALL, MIDD, OUTD, OUTS, OUTALL. Or numbers, also as
+        text with commas: 17 for SD 1.5, 12 or 20 for SDXL, 26 for any UNet, 57 (D00 to S37) or 61 (CLIP, T5, IN
+        before, OUT behind) for Flux.
 
     Raises
     ------
@@ -165,7 +166,8 @@ def _factors(weights: str | Sequence[float]) -> Mapping[str, float] | float:
                 f"there are no block weights {shown(weights)}; presets are {', '.join(PRESETS)}"
                 f"{did_you_mean(weights, PRESETS)}"
             )
-        return {block: float(block in _AT_ONE[weights]) for block in LAYOUTS[17]}
+        first, last = (LAYOUTS[26].index(block) for block in _AT_ONE[weights])
+        return {block: float(block == "BASE" or first <= n <= last) for n, block in enumerate(LAYOUTS[26])}
     given: list[str | float] = [*weights.split(",")] if isinstance(weights, str) else list(weights)
     if len(given) not in LAYOUTS:
         raise ArgumentError(

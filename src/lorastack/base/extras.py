@@ -12,11 +12,10 @@ from lorastack.base.model import BaseModel
 from lorastack.core.adapter import Extras, LoadedLora
 from lorastack.core.factor import Factor
 from lorastack.errors import NamingError, Problems
-from lorastack.ways import Way, ways
+from lorastack.ways import drop_extras, ways
 
 #: Kinds whose values are rows of a weight's output.
 _BY_ROW = ("dora", "lora_bias", "diff", "diff_b", "bias")
-_RANK = Way("load it with rank=...", "give --lokr-rank")
 
 
 def extras_at_places(lora: LoadedLora, base: BaseModel) -> Extras:
@@ -43,7 +42,7 @@ def _settled(kind: str, values: Mapping[str, Any], base: BaseModel, problems: Pr
         places = (Place(own),) if own else base.foreign.find(name) or (Place(name),)
         if not all(place.whole for place in places) and kind not in _BY_ROW:
             said = ", ".join(place.weight for place in places)
-            problems.add(f"{kind} {name} is at several weights of the base, {said}{ways(_RANK)}")
+            problems.add(f"{kind} {name} is at several weights of the base, {said}{ways(drop_extras(kind))}")
             continue
         for place in places:
             found[place.weight] = _at(kind, value, place, base) if kind in _BY_ROW else value

@@ -39,6 +39,8 @@ _FRONTS: dict[str, tuple[str, ...]] = {
     "": ("unet", "transformer", ""),
 }
 _PARAMETERS = ("weight", "bias")
+#: What only a text model has.
+_WORDS = frozenset(("embeddings.token_embedding", "text_model.embeddings.token_embedding"))
 
 
 class Place(NamedTuple):
@@ -88,7 +90,8 @@ class ForeignNames:
         found = {}
         for model, modules in self._modules.items():
             others = {} if model in _TEXT else dict(originals(modules))
-            if model in ("", *_TEXT):  # transformers 5 has taken CLIP's `text_model.` away
+            # transformers 5 has taken CLIP's `text_model.` away; a vision model has the same layers, and is none.
+            if model in _TEXT or (not model and not _WORDS.isdisjoint(modules)):
                 others |= {_other_text(path): (path,) for path in modules}
             found[model] = others | modules
         return found

@@ -30,7 +30,7 @@ def gguf_experts(lora: LoadedLora, base: BaseModel) -> LoadedLora:
         if layer and one:
             singles.setdefault(_tensor(layer[1], one[2]), {})[one[1]] = lora.adapters[name]
         elif layer and whole and lora.adapters[name].kind == "experts":
-            delta = lora.adapters[name]
+            delta = _computed(lora.adapters[name], layer[1], name, base)
             both = _halved(delta, base, to="gguf") if whole[1] != "down_proj" else None
             parts = dict(zip(("gate", "up"), halves(both), strict=True)) if both else {"down": delta}
             deltas |= {_tensor(layer[1], part): value for part, value in parts.items()}
@@ -56,10 +56,10 @@ def hf_experts(lora: LoadedLora, base: BaseModel) -> LoadedLora:
         if match is None or block is None:
             deltas[name] = delta
         elif match[2] == "down":
-            deltas[f"{block}.down_proj"] = delta
+            deltas[f"{block}.down_proj"] = _as_it_lies(delta, base)
         elif (holder := f"{block}.gate_up_proj") not in deltas:
             both = beside(*(lora.get(_tensor(match[1], part)) for part in ("gate", "up")))
-            deltas[holder] = _halved(both, base, to="hf")
+            deltas[holder] = _as_it_lies(_halved(both, base, to="hf"), base)
     experts = LoadedLora(lora.name, {n: d for n, d in deltas.items() if n not in lora.adapters}, naming="hf")
     settled = settle(experts, base).adapters  # a base that keeps them one by one
     rest: Mapping[str, LoraDelta] = {name: delta for name, delta in deltas.items() if name in lora.adapters}
@@ -77,6 +77,24 @@ def _halved(both: LoraDelta, base: BaseModel, to: Naming) -> LoraDelta:
         return x.reshape(x.shape[0], *parts, x.shape[2]).swapaxes(1, 2).reshape(x.shape)
 
     return LoraDelta(a, b.mapped(change, b.shape), both.scaling, "experts")
+
+
+def _computed(delta: LoraDelta, layer: str, name: str, base: BaseModel) -> LoraDelta:
+    """The update ``[E, out, in]`` where the architecture's adapters have it of a parameter that is ``[E, in, out]``."""
+    if not base.architecture.as_it_lies:
+        return delta
+    down = name.endswith("down_proj")
+    shape = base.shape_of(name if base.naming == "hf" else _tensor(layer, "down" if down else "gate")) or ()
+    if base.naming == "hf":
+        shape = shape[:-2] + shape[:-3:-1]
+    elif shape and not down:
+        shape = (shape[0], 2 * shape[1], shape[2])
+    found = (delta.out_features, delta.in_features)
+    return delta if shape[-2:] == found and found[0] != found[1] else delta.over("experts")
+
+
+def _as_it_lies(delta: LoraDelta, base: BaseModel) -> LoraDelta:
+    return delta.over("experts") if base.architecture.as_it_lies else delta
 
 
 def _tensor(layer: str, part: str) -> str:

@@ -78,8 +78,10 @@ def of_other_parts(strangers: Sequence[str], base: BaseModel) -> dict[str, str]:
     """
     known = FRONTS if base.parts else ONLY_OF_IMAGES
     counts = Counter(part for name in strangers if (part := part_of(name)) in known and part not in base.parts)
-    own = next((part for part in DENOISERS if part in base.parts), base.parts[0] if base.parts else "unet")
-    out = ways(_WHOLE, Way(f"leave them out with select('{own}.*')", None))
+    own = next((part for part in DENOISERS if part in base.parts), base.parts[0] if base.parts else "unet") + ".*"
+    if any(name.startswith("lora_te") for name in strangers):
+        own = "lora_unet_*"
+    out = ways(_WHOLE, Way(f"leave them out with select({own!r})", None))
     kind = base.architecture_name or base.name
     return {
         str(part): f"{count} weight{'s are' if count > 1 else ' is'} of {part}, which is no part of {kind}{out}"

@@ -112,7 +112,7 @@ class BaseModel:
             others = in_pipeline(name, self.parts)
         else:
             spelt = other_spellings(name, model_type, self.prefix, self._first_parts)
-            others = chain(in_text_encoder(name), spelt)
+            others = chain(in_text_encoder(name, self.shapes), spelt)
         for other in others:
             if other in self.shapes:
                 return other

@@ -94,17 +94,18 @@ img_emb.proj.3 -> condition_embedder.image_embedder.ff.net.2
 img_emb.proj.4 -> condition_embedder.image_embedder.norm2
 head.head -> proj_out
 """
-#: Stable Diffusion's UNet: modules outside its blocks, and those inside a block with time.
-_UNET = """
-time_embed.0 -> time_embedding.linear_1
-time_embed.2 -> time_embedding.linear_2
-label_emb.0.0 -> add_embedding.linear_1
-label_emb.0.2 -> add_embedding.linear_2
-input_blocks.0.0 -> conv_in
-out.0 -> conv_norm_out
-out.2 -> conv_out
-"""
-_RESNET = {
+#: Stable Diffusion's UNet: modules outside its blocks.
+UNET_TOP = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+#: diffusers' name of a module inside one of its blocks with time -> its own.
+UNET_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -117,9 +118,9 @@ _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.([01])\.(.+)")
 _NUMBER = re.compile(r"(?<![^.])\d{1,4}(?![^.])")
 
 #: (original, names on the right) of every row that is a pattern.
-_ROWS = [
+_ROWS = [(original, (name,)) for original, name in UNET_TOP.items()] + [
     (left, tuple(stem + name for name in names.removesuffix(")").split()) if names else (stem,))
-    for line in "".join((_FLUX, _SD3, _WAN, _UNET)).splitlines()
+    for line in "".join((_FLUX, _SD3, _WAN)).splitlines()
     if line
     for left, right in [line.split(" -> ")]
     for stem, _, names in [right.partition("(")]
@@ -175,10 +176,10 @@ def _of_unet(modules: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
             at, inner, rest = (block + 1) * (layers + 1), "0", rest.replace("conv", "op")
         else:
             at, inner = block * (layers + 1) + layers, "2" if block in with_attention else "1"
-        rest = _RESNET.get(rest, rest) if kind == "resnets" else rest
+        rest = UNET_RESNET.get(rest, rest) if kind == "resnets" else rest
         yield f"{'input' if side == 'down' else 'output'}_blocks.{at}.{inner}.{rest}", (match[0],)
     for module in modules:
         if match := _MIDDLE.fullmatch(module):
             number = 1 if match[1] == "attentions" else 2 * int(match[2])
-            rest = _RESNET.get(match[3], match[3]) if match[1] == "resnets" else match[3]
+            rest = UNET_RESNET.get(match[3], match[3]) if match[1] == "resnets" else match[3]
             yield f"middle_block.{number}.{rest}", (module,)

@@ -7,7 +7,7 @@ is ``text_model`` inside its class in some versions of transformers, and the cla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 #: The models that remove noise, the likeliest first: what a name without a front is of.
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
@@ -16,17 +16,21 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encod
 FRONTS = frozenset((*DENOISERS, *TEXT_ENCODERS, "vae", "image_encoder", "controlnet", "safety_checker"))
 #: Those that no other kind of model has as the front of its names.
 ONLY_OF_IMAGES = frozenset(("unet", "vae", *TEXT_ENCODERS))
-_INNER = "text_model."
+#: Fronts of kohya's names; its ``lora_unet_`` is any model that removes noise.
+_KOHYA = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+_INNER, _WORDS = "text_model.", "embeddings.token_embedding.weight"
 
 
 def part_of(name: str) -> str | None:
-    """The part that a weight's name begins with; None where it begins with none.
+    """The part of a pipeline that a weight's name says it is of; None where it says none.
 
     >>> part_of("text_encoder_2.text_model.final_layer_norm.weight"), part_of("mid_block.resnets.0.conv1.weight")
     ('text_encoder_2', None)
     """
     front = name.partition(".")[0]
-    return front if front in FRONTS else None
+    if front in FRONTS:
+        return front
+    return next((part for front, part in _KOHYA.items() if name.startswith(front)), None)
 
 
 def in_pipeline(name: str, parts: Sequence[str]) -> Iterator[str]:
@@ -39,13 +43,13 @@ def in_pipeline(name: str, parts: Sequence[str]) -> Iterator[str]:
         yield f"{part}.{name}"
 
 
-def in_text_encoder(name: str) -> Iterator[str]:
-    """What a text encoder that is given by itself may call the weight ``name``."""
+def in_text_encoder(name: str, shapes: Collection[str]) -> Iterator[str]:
+    """What a text encoder that is given by itself, with weights of these names, may call the weight ``name``."""
     front, _, rest = name.partition(".")
     if front in TEXT_ENCODERS:
         yield rest
-        yield from _inner(rest)
-    elif front + "." == _INNER or front in ("encoder", "embeddings", "final_layer_norm"):
+        name = rest
+    if f"{_INNER}{_WORDS}" in shapes or _WORDS in shapes:  # CLIP's, and no vision model, which has the same layers
         yield from _inner(name)
 
 

@@ -5,6 +5,7 @@ The names are those of the live pipeline (`parts.py`); they point at the files' 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from lorastack.base.checkpoint import OriginalNames, is_original
 from lorastack.base.model import BaseModel, Part, Stored
-from lorastack.base.original import OriginalNames, is_original
 from lorastack.base.parts import part_of
 from lorastack.errors import FormatError, Problems, UnsupportedError, shown
 from lorastack.files import below, present
@@ -26,6 +27,8 @@ MODEL_INDEX = "model_index.json"
 _DIFFUSERS = ("down_blocks.", "up_blocks.", "transformer_blocks.", "single_transformer_blocks.", "encoder.down_blocks.")
 #: The same of those who made a model, whose names are not read.
 _OTHERS = {"double_blocks.": "Flux", "joint_blocks.": "Stable Diffusion 3"}
+#: Classes of a pipeline that are no models.
+_NO_MODEL = re.compile(r"(Tokenizer|Scheduler|Processor|Extractor)(Fast)?$")
 _FOLDER = "give the model as a folder of diffusers"
 
 
@@ -44,9 +47,11 @@ def open_pipeline(folder: Path, given: str, open_part: Callable[[Path, str], Bas
     config: dict[str, Any] = dict(index)
     parts, problems = [], Problems(f"base {given}: its {MODEL_INDEX} and its folders differ")
     for name, said in index.items():
-        if name.startswith("_") or not isinstance(said, list) or said[:1] == [None]:
+        if name.startswith("_") or not isinstance(said, list) or len(said) != 2 or said[0] is None:
             continue
         where = folder / name
+        if _NO_MODEL.search(str(said[-1])) and not present(where):
+            continue  # of a hub id only what a base needs is fetched
         if not name.isidentifier() or not present(where):
             problems.add(f"{shown(name)} is {shown(said)}, and has no folder; fetch it whole")
             continue

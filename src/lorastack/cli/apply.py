@@ -17,6 +17,7 @@ from lorastack.cli.options import (
     Force,
     Ignore,
     Json,
+    LokrRank,
     Quiet,
     Rename,
     parse_renames,
@@ -40,6 +41,7 @@ def apply(
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    lokr_rank: LokrRank = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -67,6 +69,7 @@ def apply(
         allow_nonfinite=allow_nonfinite,
         ignore=ignore or (),
         rename=parse_renames(rename),
+        rank=lokr_rank,
         drop_extras=drop_extras,
     )
     entries = entries_of(stack, model, "apply", allow_mixed_bases)

@@ -19,9 +19,11 @@ from lorastack.cli.options import (
     Base,
     Density,
     DropExtras,
+    FileFormat,
     Force,
     Ignore,
     Json,
+    LokrRank,
     Method,
     Program,
     Quiet,
@@ -63,6 +65,8 @@ def bake(
     ignore: Ignore = None,
     rename: Rename = None,
     lbw: BlockWeights = None,
+    lokr_rank: LokrRank = None,
+    format: FileFormat = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -92,12 +96,14 @@ def bake(
     from lorastack.converting.new_file import fitting, row_of
     from lorastack.files import check_output
     from lorastack.recipe import Recipe, recipe_files
+    from lorastack.targets import target_of
 
     outputs = _outputs(output, parse_sweep(scales))
     for path, _ in outputs:
         check_output(path, force)
-    row = row_of(output, None, program) if program else None
-    as_gguf = row.format == "gguf" if row else output.suffix == ".gguf"
+    row = row_of(output, format, program) if program else None
+    written_as = row.format if row else target_of(format).format if format else None
+    as_gguf = written_as == "gguf" if written_as else output.suffix == ".gguf"
     recipe = Recipe.of_words(adapters, base)
     for path, _ in outputs:
         check_output(path, force, recipe.sources + recipe_files(adapters))
@@ -109,6 +115,7 @@ def bake(
         allow_nonfinite=allow_nonfinite,
         ignore=ignore or (),
         rename=parse_renames(rename),
+        rank=lokr_rank,
         drop_extras=drop_extras,
     )
     stack = with_block_weights(stack, lbw)
@@ -136,7 +143,7 @@ def bake(
         lora = baked if coefficient is None else with_coefficient(baked, coefficient)
         if row:
             lora = fitting(lora, row, model)
-        write_adapter(lora, path, dtype, force, row.format if row else None)
+        write_adapter(lora, path, dtype, force, written_as)
         written.append(_numbers(lora, path, coefficient, len(stack)))
         if not as_json:
             remark(f"{path}: {_words(lora, len(stack))}")
@@ -148,7 +155,7 @@ def bake(
 
 def _outputs(output: Path, coefficients: list[float]) -> list[tuple[Path, float | None]]:
     """The output of every merge coefficient, named after it."""
-    suffix = output.suffix if output.suffix == ".gguf" else ""
+    suffix = output.suffix if output.suffix in (".gguf", ".safetensors") else ""
     stem = output.name.removesuffix(suffix)
     return [(output.with_name(f"{stem}-{c:g}{suffix}"), c) for c in coefficients] or [(output, None)]
 

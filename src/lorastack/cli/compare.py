@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorastack.cli.console import echo_json, plain
-from lorastack.cli.options import Adapters, AllowMixedBases, Base, Ignore, Quiet, Rename, parse_renames
+from lorastack.cli.options import Adapters, AllowMixedBases, Base, Ignore, LokrRank, Quiet, Rename, parse_renames
 from lorastack.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def compare_command(
     allow_mixed_bases: AllowMixedBases = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    lokr_rank: LokrRank = None,
     quiet: Quiet = False,
 ) -> None:
     """Say what adapters do and whether they cancel or pile up: norms, ranks, angles, overlaps, signs, near-duplicates.
@@ -80,7 +81,11 @@ def compare_command(
     recipe = Recipe.of_words(adapters, base)
     model = recipe.open_base()
     stack = recipe.stack(
-        base=model, naming=model.naming if model else None, ignore=ignore or (), rename=parse_renames(rename)
+        base=model,
+        naming=model.naming if model else None,
+        ignore=ignore or (),
+        rename=parse_renames(rename),
+        rank=lokr_rank,
     )
     search = IntruderSearch(INTRUDERS.leading, INTRUDERS.epsilon, cache) if intruders else None
     done = 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorastack.cli.console import echo_json, plain, say_error
-from lorastack.cli.options import Base, Ignore, Quiet, Rename, parse_renames
+from lorastack.cli.options import Base, Ignore, LokrRank, Quiet, Rename, parse_renames
 
 if TYPE_CHECKING:
     from lorastack.inspect import Inspection
@@ -18,7 +18,7 @@ def inspect_command(
         list[str],
         typer.Argument(
             metavar="ADAPTER...",
-            help="GGUF files, PEFT folders, hub ids, recipes (.toml), or folders that hold several adapters.",
+            help="Files or folders of any format, hub ids, recipes (.toml), or folders that hold several adapters.",
             show_default=False,
         ),
     ],
@@ -26,6 +26,7 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object for each adapter in a list.")] = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    lokr_rank: LokrRank = None,
     quiet: Quiet = False,
 ) -> None:
     """Say what adapters are: weights, ranks, alpha, scaling, types, size, and what is odd about them.
@@ -56,7 +57,12 @@ def inspect_command(
                 warnings.simplefilter("ignore", LoraStackWarning)  # what it would say is among what is odd
                 of_recipe = model if path.endswith(".toml") else None
                 lora = load(
-                    path, allow_nonfinite=True, ignore=ignore or (), rename=parse_renames(rename), base=of_recipe
+                    path,
+                    allow_nonfinite=True,
+                    ignore=ignore or (),
+                    rename=parse_renames(rename),
+                    rank=lokr_rank,
+                    base=of_recipe,
                 )
                 found.append(inspect(lora, model))
         except LoraStackError as error:

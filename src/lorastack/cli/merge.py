@@ -20,6 +20,7 @@ from lorastack.cli.options import (
     Force,
     Ignore,
     Json,
+    LokrRank,
     Method,
     Quiet,
     Rename,
@@ -41,13 +42,21 @@ def _outtypes() -> list[str]:
 
 def merge_command(
     base: Annotated[
-        str, typer.Argument(metavar="BASE", help="A Hugging Face folder, hub id or GGUF file.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="BASE",
+            help="A folder of transformers or diffusers, a hub id, a checkpoint of Stable Diffusion, or a GGUF file.",
+            show_default=False,
+        ),
     ],
     adapters: Adapters,
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="OUT", help="A new folder; of a GGUF base NAME.gguf, or a folder for its parts."
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="A new folder; of a base that is one file NAME.safetensors or NAME.gguf, or a folder for its parts.",
         ),
     ],
     dry_run: Annotated[
@@ -91,6 +100,7 @@ def merge_command(
     ignore: Ignore = None,
     rename: Rename = None,
     lbw: BlockWeights = None,
+    lokr_rank: LokrRank = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -104,6 +114,8 @@ def merge_command(
     `lorastack merge ./my-model zara:0.7 robot:0.3 -o ./merged`
 
     `lorastack merge my-model.gguf zara.gguf:0.7 -o merged.gguf --verify`
+
+    `lorastack merge sd15.safetensors ink.safetensors:0.7 -o new.safetensors --lbw ink=MIDD`
 
     `lorastack merge ./my-model zara robot --method ties@knots --rank 32 -o ./merged --dry-run`
     """
@@ -122,6 +134,7 @@ def merge_command(
         allow_nonfinite=allow_nonfinite,
         ignore=ignore or (),
         rename=parse_renames(rename),
+        rank=lokr_rank,
         drop_extras=drop_extras,
     )
     stack = with_block_weights(stack, lbw)

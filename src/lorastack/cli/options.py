@@ -17,6 +17,14 @@ def _types() -> list[str]:
     return list(NAMES)
 
 
+def _formats() -> list[str]:
+    from typing import get_args
+
+    from lorastack.formats.writers import Format
+
+    return list(get_args(Format))
+
+
 def _methods() -> list[str]:
     from lorastack.algebra.method import METHODS
 
@@ -33,7 +41,7 @@ Adapters = Annotated[
     list[str],
     typer.Argument(
         metavar="ADAPTER[:SCALE]...",
-        help="GGUF files, PEFT folders, hub ids (owner/name), recipes (.toml), or folders that hold several adapters; "
+        help="Files or folders of any format, hub ids (owner/name), recipes (.toml), or folders that hold several; "
         "each with a scale, as in `zara:0.7`, which is else 1, and perhaps a name, as in `hers=zara.gguf:0.7`.",
         show_default=False,
     ),
@@ -53,13 +61,40 @@ Rename = Annotated[
         help="Another front for weights' names, as in model=model.language_model; may be repeated.",
     ),
 ]
+LokrRank = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Cut LoKr updates of two full factors, which no low rank holds, to this rank; `inspect` says the error.",
+    ),
+]
 Base = Annotated[
     str | None,
-    typer.Option("--base", "-b", metavar="BASE", help="The base model: a Hugging Face folder, hub id or GGUF file."),
+    typer.Option(
+        "--base",
+        "-b",
+        metavar="BASE",
+        help="The base model: a folder, a hub id, a GGUF file, or a checkpoint of Stable Diffusion.",
+    ),
 ]
 AdapterOutput = Annotated[
     Path,
-    typer.Option("--output", "-o", metavar="OUT", help="NAME.gguf for a GGUF adapter, else a folder for PEFT."),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="NAME.gguf for a GGUF adapter, NAME.safetensors for one in its own format, else a folder for PEFT.",
+    ),
+]
+FileFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        autocompletion=_formats,
+        help="gguf, peft, kohya, comfyui, diffusers or mlx; the output's ending says it when not given.",
+    ),
 ]
 Program = Annotated[
     str | None,

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from lorastack.cli.console import echo_json, remark
-from lorastack.cli.options import Adapters, AllowMixedBases, Base, Force, Ignore, Json, Quiet, Rename, parse_renames
+from lorastack.cli.options import (
+    Adapters,
+    AllowMixedBases,
+    Base,
+    Force,
+    Ignore,
+    Json,
+    LokrRank,
+    Quiet,
+    Rename,
+    parse_renames,
+)
 from lorastack.errors import ArgumentError
 
 
@@ -26,6 +37,7 @@ def report(
     allow_mixed_bases: AllowMixedBases = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    lokr_rank: LokrRank = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -58,7 +70,7 @@ def report(
     from lorastack.report import report as write
 
     model = recipe.open_base()
-    stack = recipe.stack(base=model, ignore=ignore or (), rename=parse_renames(rename))
+    stack = recipe.stack(base=model, ignore=ignore or (), rename=parse_renames(rename), rank=lokr_rank)
     with step_bar("measuring") as step:
         write(stack, output, model, force, intruders=intruders, allow_mixed_bases=allow_mixed_bases, progress=step)
     size = output.stat().st_size

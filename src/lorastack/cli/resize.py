@@ -14,9 +14,11 @@ from lorastack.cli.options import (
     AllowNonfinite,
     Base,
     DropExtras,
+    FileFormat,
     Force,
     Ignore,
     Json,
+    LokrRank,
     Quiet,
     Rename,
     StoredType,
@@ -26,7 +28,8 @@ from lorastack.errors import ArgumentError
 
 def resize(
     adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="A GGUF file, a PEFT folder or a hub id.", show_default=False)
+        str,
+        typer.Argument(metavar="ADAPTER", help="A file or a folder of any format, or a hub id.", show_default=False),
     ],
     output: AdapterOutput,
     rank: Rank = None,
@@ -40,6 +43,8 @@ def resize(
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    lokr_rank: LokrRank = None,
+    format: FileFormat = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -67,6 +72,8 @@ def resize(
         allow_nonfinite=allow_nonfinite,
         ignore=ignore,
         rename=rename,
+        lokr_rank=lokr_rank,
+        format=format,
         as_json=as_json,
         quiet=quiet,
     )

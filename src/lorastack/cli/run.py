@@ -14,6 +14,7 @@ from lorastack.cli.options import (
     Device,
     DropExtras,
     Ignore,
+    LokrRank,
     ModelType,
     Quiet,
     Rename,
@@ -71,6 +72,7 @@ def run(
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    lokr_rank: LokrRank = None,
     quiet: Quiet = False,
 ) -> None:
     """Continue prompts with a base and a weighted stack of adapters; the text is printed as it comes.
@@ -101,7 +103,11 @@ def run(
 
     recipe = Recipe.of_words(adapters or [], base)
     entries = recipe.entries(
-        allow_nonfinite=allow_nonfinite, ignore=ignore or (), rename=parse_renames(rename), drop_extras=drop_extras
+        allow_nonfinite=allow_nonfinite,
+        ignore=ignore or (),
+        rename=parse_renames(rename),
+        rank=lokr_rank,
+        drop_extras=drop_extras,
     )
     model, tokenizer = load_base(base, dtype, device)
     if seed is not None:

@@ -15,6 +15,7 @@ from lorastack.cli.options import (
     DropExtras,
     Force,
     Ignore,
+    LokrRank,
     ModelType,
     Quiet,
     Rename,
@@ -68,6 +69,7 @@ def tune(
     allow_nonfinite: AllowNonfinite = False,
     ignore: Ignore = None,
     rename: Rename = None,
+    lokr_rank: LokrRank = None,
     quiet: Quiet = False,
 ) -> None:
     """Find the scales under which a base with adapters foretells texts best: the lowest perplexity.
@@ -102,7 +104,11 @@ def tune(
     sources: list[str | Path] = [*recipe.sources, *recipe_files(adapters), *text]
     _check_outputs(output, plot, force, sources)
     entries = recipe.entries(
-        allow_nonfinite=allow_nonfinite, ignore=ignore or (), rename=parse_renames(rename), drop_extras=drop_extras
+        allow_nonfinite=allow_nonfinite,
+        ignore=ignore or (),
+        rename=parse_renames(rename),
+        rank=lokr_rank,
+        drop_extras=drop_extras,
     )
     model, tokenizer = load_base(base, dtype, device)
     with step_bar("searching the scales") as progress:

@@ -20,10 +20,15 @@ class Side:
 
     def __init__(self, place: Stored, columns: int) -> None:
         self._parts = [Rows(part, columns) for part in place.parts]
-        self.count = sum(part.count for part in self._parts)
+        #: Of a weight that is no tensor of the files as it is, such as one that is kept turned over.
+        self._read = None if place.parts else place.read
+        self._columns = columns
 
     def blocks(self, first: int, stop: int, scratch: Scratch) -> Iterator[tuple[int, np.ndarray]]:
         """(number of the first row, some rows in float32) from ``first`` on, in memory that is used again."""
+        if self._read is not None:
+            yield first, self._read().reshape(-1, self._columns)[first:stop].astype(np.float32)
+            return
         start = 0
         for part in self._parts:
             begin, end = max(first - start, 0), min(stop - start, part.count)

@@ -103,10 +103,11 @@ def _whole(module: str, finetuned: BaseModel) -> Mapping[str, Factor]:
 
 def _factor(model: BaseModel, name: str) -> Factor:
     """A weight in the type it is stored in, read when it is written."""
-    place = model.stored[name]
-    (part, *more) = place.parts
-    if not more and isinstance(part.file, SafetensorsFile):
-        return part.file.factor(part.key)
+    parts = model.stored[name].parts
+    if len(parts) == 1 and isinstance(file := parts[0].file, SafetensorsFile) and parts[0].rows is None:
+        factor = file.factor(parts[0].key)
+        if factor.shape == model.shapes[name]:
+            return factor
     return Factor(model.shapes[name], np.dtype(np.float32), partial(_read, model, name), f"{model.name}: {name}")
 
 

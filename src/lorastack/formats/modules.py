@@ -187,10 +187,12 @@ class Modules:
 
     def _sort(self) -> None:
         modules: dict[str, dict[str, str]] = {}
+        refused = set()
         where = self.tensors.path
         for key in self.tensors.tensors:
             module, part = split(key)
             if why := REFUSED.get(part) or (part == "weight" and self._is_ia3(module) and REFUSED["on_input"]):
+                refused.add(self.name_of(module))
                 if not (part == "a2.weight" or part == "weight"):
                     self.problems.add(f"{where}: module {module} has {why}; it is not read")
             elif not part or not module:
@@ -203,7 +205,8 @@ class Modules:
             if len(self.problems.lines) > _NAMED:
                 self.problems.add("and so on")
                 return
-            self._take(name, parts)
+            if name not in refused:
+                self._take(name, parts)
         made = [how for how in self.how.values() if isinstance(how, Expansion) and how.what]
         for what in dict.fromkeys(how.what for how in made):
             ranks = [how.made for how in made if how.what == what]
@@ -297,7 +300,7 @@ class Modules:
         size = math.prod(shape)
         if part == "dora_scale" and len(shape) > 1 and shape[0] == 1 and size > 1:
             self.problems.add(
-                f"{where}: tensor {key} is {list(shape)}: a magnitude for each column (wd_on_out=False of LyCORIS), "
+                f"{where}: tensor {key} is {list(shape)}: a magnitude for each column (as LyCORIS can train it), "
                 "which is not read; only one for each row is"
             )
         elif size != out:

@@ -1,13 +1,14 @@
 """Write a safetensors file tensor by tensor.
 
 The ``safetensors`` package takes all tensors in memory at once; an adapter is written with no more
-than one weight in memory.
+than three weights in memory: one that is written, and two that are computed meanwhile.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ import orjson
 from lorastack.core import dtypes
 from lorastack.core.factor import Factor
 from lorastack.errors import Failures
+from lorastack.files.large import LargeFile
+from lorastack.pipeline import ahead
 
 STORED = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _ITEM = {"f32": 4, "f16": 2, "bf16": 2}
@@ -47,16 +50,14 @@ def write_safetensors(
         at += size
     raw = orjson.dumps(header)
     raw += b" " * (-len(raw) % 8)
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little"))
-        file.write(raw)
-        failures = Failures(f"{path.name} cannot be written")
-        for _, _, _, compute in ordered:
-            computed = failures.get(compute)
+    failures = Failures(f"{path.name} cannot be written")
+    with LargeFile(path) as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for computed in ahead((partial(failures.get, compute) for _, _, _, compute in ordered), workers=1):
             if computed is None or failures:
                 continue  # nothing will be kept; the rest is only looked at, to say all that is wrong
             array = np.ascontiguousarray(computed)
-            file.write(array.view(np.uint8).reshape(-1).data)
+            file.write(array.view(np.uint8).reshape(-1))
             if progress:
                 progress(array.nbytes)
-        failures.raise_any()
+    failures.raise_any()

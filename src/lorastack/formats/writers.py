@@ -48,7 +48,7 @@ def writer_of(lora: LoadedLora, path: Path, format: Format | None) -> tuple[bool
             return False, save_peft
         came_from = str(lora.metadata.get(FORMAT_KEY, "")).lower()
         if ending == ".bin" or came_from not in _SINGLE:
-            said = Way("say which with format='kohya', 'comfyui' or 'diffusers'", None)
+            said = Way("say which with format='kohya', 'comfyui' or 'diffusers'", "say which with --format")
             raise ArgumentError(
                 f"{path}: an adapter is written as NAME.gguf, or as a PEFT folder: leave the ending out"
                 + (ways(said) if ending == ".safetensors" else "")

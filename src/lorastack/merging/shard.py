@@ -112,7 +112,10 @@ def _pieces(file: SafetensorsFile, name: str, changed: Sequence[Part], plan: Pla
 
 
 def _new_shape(shape: tuple[int, ...], update: Update | None) -> tuple[int, ...]:
-    return shape if update is None or update.replaced is None else update.replaced.shape
+    """That of what is put in its place; the file's own where it only writes the same numbers in other dimensions."""
+    if update is None or update.replaced is None or math.prod(update.replaced.shape) == math.prod(shape):
+        return shape
+    return update.replaced.shape
 
 
 def _header(shard: Shard) -> bytes:

@@ -12,6 +12,8 @@ from lorastack.core.target import GGUF_STEM, place_of
 NO_LAYER = "none"
 #: With more rows than this nobody reads them: numbers inside names (experts, blocks) are then taken together.
 _MOST_ROWS = 40
+#: kohya's names, whose parts have ``_`` between them: block of a UNet or layer of a text encoder, and what is in it.
+_KOHYA = re.compile(r"(lora_\w+?)_(\d{1,9})_(\w+)")
 
 
 class Grid(NamedTuple):
@@ -36,8 +38,12 @@ def split(name: str) -> tuple[str, int | None, str]:
     (('model.layers', 3, 'q_proj'), ('blk', 3, 'q_proj'))
     >>> split("transformer.h.0.attn.c_attn.weight"), split("lm_head.weight")
     (('transformer.h', 0, 'attn.c_attn'), ('', None, 'lm_head'))
+    >>> split("lora_unet_down_blocks_1_attentions_0_proj_in")
+    ('lora_unet_down_blocks', 1, 'attentions_0_proj_in')
     """
     stem = name.removesuffix(".weight")
+    if "." not in stem and (match := _KOHYA.fullmatch(stem)):
+        return match[1], int(match[2]), match[3]
     match = re.fullmatch(r"(.*?)\.?(?<![^.])(\d{1,9})\.(.+)", stem)
     if not match:
         return "", None, stem

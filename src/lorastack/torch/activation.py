@@ -7,7 +7,7 @@ in which the passes that filled it acted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,9 +42,11 @@ class Activation:
                 "an adapter with invocation tokens acts from them on, and this pass shows no input_ids to look for "
                 "them in; call the whole model with input_ids, or set the adapter's scale to 0"
             )
-        cache = kwargs.get("past_key_values")
+        cache = _cache(kwargs.get)
         before = self._known.get(cache) if cache is not None else None
-        if before is None and cache is not None and len(cache) and cache.get_seq_length() > 0:
+        seen = kwargs.get("attention_mask")
+        longer = isinstance(seen, torch.Tensor) and seen.dim() == 2 and seen.shape[1] > ids.shape[1]
+        if before is None and (longer or (cache is not None and _filled(cache))):
             raise ArgumentError(
                 "this pass goes on from a cache whose tokens were not seen, so that nothing tells in which rows an "
                 "adapter with invocation tokens acts; fill the cache while the stack is attached"
@@ -57,9 +59,30 @@ class Activation:
             self.keep(cache, found)
         return found
 
+    def left(self, output: Any, acting: Acting) -> None:
+        """Remember where they acted in a pass that is over, if it has a cache to go on from."""
+        cache = _cache(lambda name: getattr(output, name, None))
+        if cache is not None:
+            self.keep(cache, acting)
+
     def keep(self, cache: Any, acting: Acting) -> None:
         """Remember in which rows they act from now on, for passes that go on from this cache."""
         self._known[cache] = {entry: positions > 0 for entry, positions in acting.items()}
+
+
+#: What transformers calls the cache of a pass, in its arguments and in its output.
+_CACHES = ("past_key_values", "cache", "cache_params")
+
+
+def _cache(get: Callable[[str], Any]) -> Any:
+    return next((value for name in _CACHES if hasattr(value := get(name), "get_seq_length")), None)
+
+
+def _filled(cache: Any) -> bool:
+    try:
+        return int(cache.get_seq_length()) > 0
+    except (ValueError, IndexError):  # a cache of states has no length; one without layers is empty
+        return bool(getattr(cache, "has_previous_state", lambda: False)())
 
 
 def _last(ids: torch.Tensor, tokens: tuple[int, ...]) -> torch.Tensor:

@@ -203,6 +203,8 @@ def _check(parts: _Parts, patches: Sequence[Patch], places: Places) -> None:
     problems = Problems("the stack cannot be merged into the model")
     for name, at in parts.items():
         place = at[0][1].place
+        if getattr(place.module, "groups", 1) != 1:
+            problems.add(f"weight {name} is in groups, and the update of all its channels{ways(_ATTACH)}")
         weight = place.module._parameters.get(place.parameter)
         if weight is None or weight.dtype not in _FLOATS or weight.device.type == "meta":
             problems.add(f"weight {name} is packed, or kept elsewhere, and cannot be written to{ways(_ATTACH)}")

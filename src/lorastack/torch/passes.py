@@ -135,8 +135,8 @@ class Passes:
         """End the pass that began at ``entry``; nothing when it did not begin one."""
         running = CURRENT.running
         if running is not None and running.number == self.number and running.entry is entry:
-            if running.acting and self.activation is not None and hasattr(output, "past_key_values"):
-                self.activation.keep(output.past_key_values, running.acting)
+            if running.acting and self.activation is not None:
+                self.activation.left(output, running.acting)
             CURRENT.running = running.outer
             self._end(running)
 

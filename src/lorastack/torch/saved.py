@@ -153,7 +153,7 @@ def clashes(name: str, patches: list[Patch], taken: dict[str, str], verb: str) -
         if taken.setdefault(claim, name) != name:
             both.setdefault(taken[claim], []).append(claim)
     return [
-        f"{name} and {other} both replace {', '.join(claims[:5])}"
+        f"{other} and {name} both replace {', '.join(claims[:5])}"
         + (f" and {len(claims) - 5} more" if len(claims) > 5 else "")
         + f"; {verb} only one"
         for other, claims in both.items()

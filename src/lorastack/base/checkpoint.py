@@ -10,6 +10,8 @@ import re
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
+from lorastack.base.originals import UNET_RESNET, UNET_TOP
+
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 #: Where the text encoders lie, and which part of a pipeline each is; those of OpenCLIP have names of their own.
 _CLIP = {"cond_stage_model.transformer.": "text_encoder", "conditioner.embedders.0.transformer.": "text_encoder"}
@@ -18,23 +20,7 @@ _OPEN_CLIP = {
     "conditioner.embedders.1.model.": "text_encoder_2",
     "conditioner.embedders.0.model.": "text_encoder_2",
 }
-_UNET_TOP = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-_UNET_RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
+_UNET_RESNET = {own: name for name, own in UNET_RESNET.items()}
 _MIDDLE = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _VAE_MIDDLE = {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}
@@ -114,8 +100,8 @@ class OriginalNames:
     def _unet(self, path: str) -> str | None:
         match = _BLOCK.fullmatch(path)
         path, _, ending = path.rpartition(".")
-        if path in _UNET_TOP:
-            return f"{_UNET_TOP[path]}.{ending}"
+        if path in UNET_TOP:
+            return f"{UNET_TOP[path]}.{ending}"
         if middle := _MIDDLE_BLOCK.fullmatch(path):
             return f"{_MIDDLE[int(middle[1])]}.{_UNET_RESNET.get(middle[2], middle[2])}.{ending}"
         if match is None:
