@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from lorastack.errors import LoraStackError, UnknownNameError
+from lorastack.files import OutputError
 from lorastack.fleet.cache import CacheFullError
 
 
 def status_of(error: LoraStackError) -> int:
-    """404 for a name that nobody knows, 503 where there is no room now, 400 for what cannot be held.
+    """404 for a name that nobody knows, 503 where there is no room now, on the disk either, 400 for what cannot be held.
 
     >>> status_of(UnknownNameError("no adapter named zarra"))
     404
     """
-    return 404 if isinstance(error, UnknownNameError) else 503 if isinstance(error, CacheFullError) else 400
+    return (
+        404 if isinstance(error, UnknownNameError) else 503 if isinstance(error, (CacheFullError, OutputError)) else 400
+    )
