@@ -8,11 +8,11 @@ from lorastack.fleet.cache import CacheFullError
 
 
 def status_of(error: LoraStackError) -> int:
-    """404 for a name that nobody knows, 503 where there is no room now, on the disk either, 400 for what cannot be held.
+    """404 for a name that nobody knows, 503 where there is no room now, 400 for what cannot be held.
 
     >>> status_of(UnknownNameError("no adapter named zarra"))
     404
     """
-    return (
-        404 if isinstance(error, UnknownNameError) else 503 if isinstance(error, (CacheFullError, OutputError)) else 400
-    )
+    if isinstance(error, (CacheFullError, OutputError)):  # the latter: a disk that is full, or may not be written to
+        return 503
+    return 404 if isinstance(error, UnknownNameError) else 400
