@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow walk fuzz architectures lint types docs bench build clean fixtures-lycoris fixtures-mlx
+.PHONY: help demo test test-slow walk fuzz architectures lint types docs bench bench-fleet build clean fixtures-lycoris fixtures-mlx
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -68,6 +68,9 @@ bench: $(VENV)/.dev ## Measure against the peers
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python benchmarks/gpu.py; fi
 	$(BIN)/python benchmarks/together.py
 	$(BIN)/python benchmarks/merge.py 2 0.5 1
+
+bench-fleet: $(VENV)/.dev ## Measure mixtures on the real vLLM (after make fleet-venv)
+	$(BIN)/python benchmarks/fleet.py
 
 build: $(VENV)/.dev ## Build the wheel into dist/
 	$(PIP) build

@@ -35,6 +35,7 @@ NOT_ALIKE = {
     **dict.fromkeys(
         "gpt_neox hunyuan_v1_moe".split(), "the converter wants fields that transformers does not save here"
     ),
+    "minimax_m2": "llama.cpp ends where it computes this tiny model, adapter or not",
     "glm4v": "transformers does not compute a model of these sizes",
 }
 

@@ -15,6 +15,7 @@ from lorastack.core.factor import Factor
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError
 from lorastack.formats.provenance import hashes, leaves
+from lorastack.ways import Way, ways
 
 
 def fingerprint(stack: LoraStack, how: Mapping[str, Any]) -> str:
@@ -22,7 +23,7 @@ def fingerprint(stack: LoraStack, how: Mapping[str, Any]) -> str:
     if stack.adapters:
         raise ArgumentError(
             f"{len(stack.adapters)} adapters are known by (target module, layer) only, and have no content to tell "
-            "them by; push them by weight name with push()"
+            "them by" + ways(Way("push them by weight name with push()", None))
         )
     parts = [(_content(part), part.history, own) for lora, scale in stack.entries for part, own in leaves(lora, scale)]
     return fingerprint_of(parts, how)

@@ -23,9 +23,10 @@ def main(folder: Path, base: str, count: int) -> None:
     from lorastack.fleet import Baking, MixtureCache
     from lorastack.fleet.baking import bytes_of
 
-    library(folder / "loras")
+    library(folder / "loras", rank=64)
     place = folder / "cache"
-    room = 2 * bytes_of(adapter(0, rank=8))
+    # For the leased one and the new one, not for the one that nobody leases.
+    room = bytes_of(adapter(0, rank=64)) + bytes_of(adapter(0, rank=128))
 
     def run(name: str) -> int:
         MixtureCache(place, folder / "loras", Baking(base), max_bytes=room).get(name)
@@ -70,7 +71,7 @@ def main(folder: Path, base: str, count: int) -> None:
             "call": call, "which": which, "killed": os.WIFSIGNALED(status), "broken": broken, "leased": there,
             "again": again, "still": leased.is_dir(),
             "left": sorted(path.name for path in place.iterdir() if path.name.endswith(".partial")),
-            "leases": len(list((place / ".lorastack").glob("lease-*"))),
+            "folders": len(list(place.glob("[0-9a-f]*"))), "leases": len(list((place / ".lorastack").glob("lease-*"))),
             "bytes": sum(file.stat().st_size for file in place.glob("[0-9a-f]*/*")), "room": room,
         })  # fmt: skip
     print(json.dumps(found))

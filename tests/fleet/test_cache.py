@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -16,8 +17,10 @@ import pytest
 
 from lorastack import load
 from lorastack.errors import ArgumentError, LoraStackError, NamingError, UnknownNameError, UnsupportedError
+from lorastack.files import OutputError
 from lorastack.fleet import Baking, CacheFullError, MixtureCache, baking
 from lorastack.fleet import cache as module
+from lorastack.fleet.answers import status_of
 from tests.fleet.makers import WEIGHTS, adapter, dense, library
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="there are no such file locks")
@@ -250,3 +253,23 @@ def test_threads_that_ask_at_once_bake_once(
 def test_only_engines_that_read_peft_folders(demo: Path) -> None:
     with pytest.raises(ArgumentError, match="a cache holds PEFT folders, which Ollama does not read"):
         Baking(demo / "base", target="ollama")
+
+
+def test_a_full_disk_is_an_error_of_ours_and_the_next_request_works(
+    tmp_path: Path, loras: Path, demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    own = cache(tmp_path / "cache", loras, demo)
+    for call in ("pwrite", "fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, full)
+            if call == "replace":
+                patch.setattr("lorastack.files.output.move_new", full)
+            with pytest.raises(OutputError, match="No space left on device") as caught:
+                own.get("a0+a1")
+        assert status_of(caught.value) == 503
+        assert folders(tmp_path / "cache") == set()
+    assert own.get("a0+a1").is_dir()
+    assert own.leased == 1

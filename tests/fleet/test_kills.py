@@ -33,5 +33,6 @@ def test_killed_in_thirty_system_calls(tmp_path: Path, demo: Path) -> None:
         assert one["again"] == 0, one  # no lock is left: it would wait for ever
         assert one["left"] == [], one
         assert one["leases"] <= 2, one  # this process's, and that of the one which ended last
+        assert one["folders"] == 2, one
         assert one["bytes"] <= one["room"], one
     assert sum(one["killed"] for one in found) >= 20

@@ -88,7 +88,7 @@ def expected(place: Path) -> Any:
 def wide(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with a slot for each mixture."""
     with serving(place / "base", place / "library", tmp_path_factory.mktemp("wide"), "--max-loras", "16",
-                 "--max-cpu-loras", "64") as server:  # fmt: skip
+                 "--max-cpu-loras", "64", "--enable-prompt-tokens-details") as server:  # fmt: skip
         yield server
 
 
@@ -157,11 +157,20 @@ def test_every_spelling_is_answered_under_its_own_name(wide: Server, expected: A
 
 
 def test_two_mixtures_of_a_prompt_share_no_cached_prefix(wide: Server, expected: Any) -> None:
-    prompt = " ".join([PROMPTS[0]] * 6)
-    for mixtures in (["luna:1.25", "robot:1.25"], ["robot:1.25", "luna:1.25"]):
-        ids, rows = expected(mixtures, prompt)
-        assert [wide.tokens(one, ids, COUNT) for one in mixtures] == rows
-        assert rows[0] != rows[1]
+    """A prefix is cached in blocks of 128 tokens here; of one mixture it is found again, of the other it is not."""
+    prompt = " ".join([PROMPTS[0]] * 18)
+
+    def cached(model: str, ids: list[int]) -> int:
+        details = wide.complete(model, ids, 1)[1]["usage"]["prompt_tokens_details"]
+        return details["cached_tokens"] if details else 0
+
+    mixtures = ["luna:1.25", "robot:1.25"]
+    ids, rows = expected(mixtures, prompt)
+    assert 128 < len(ids) < 230
+    assert [cached(one, ids) for one in mixtures] == [0, 0]
+    assert [cached(one, ids) for one in mixtures] == [128, 128]
+    assert [wide.tokens(one, ids, COUNT) for one in mixtures] == rows
+    assert rows[0] != rows[1]
 
 
 def test_two_slots_serve_any_number_in_turn(narrow: Server, expected: Any) -> None:

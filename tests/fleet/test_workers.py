@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from lorastack.algebra.compare import compare
 from lorastack.algebra.share import Measured, Share
 from lorastack.cli.application import app
 from lorastack.errors import ArgumentError, LoraStackError, NonFiniteError
+from lorastack.fleet import workers
 from lorastack.fleet.workers import MOST_LOSSES, processes
 from tests.conftest import ROOT
 from tests.fleet.engine import program
@@ -89,6 +91,21 @@ def test_a_model_in_memory_cannot_be_shared() -> None:
     base = BaseModel("live", "hf", None, {}, dict(WEIGHTS))
     with pytest.raises(ArgumentError, match="is a model in memory"):
         compare(many(2), base, run=processes(2))
+
+
+def test_a_cluster_that_is_not_there_is_an_error_at_once() -> None:
+    class Ray:
+        """Not asked for more than whether it has begun."""
+
+        @staticmethod
+        def is_initialized() -> bool:
+            return False
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(LoraStackError, match="there is no Ray cluster at 127"):
+            next(workers._on_ray(Ray, [], address))
 
 
 def test_the_command_takes_workers(tmp_path: Path) -> None:

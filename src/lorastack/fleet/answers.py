@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorastack.errors import LoraStackError, UnknownNameError
+from lorastack.files import OutputError
 from lorastack.fleet.cache import CacheFullError
 
 
@@ -12,4 +13,6 @@ def status_of(error: LoraStackError) -> int:
     >>> status_of(UnknownNameError("no adapter named zarra"))
     404
     """
-    return 404 if isinstance(error, UnknownNameError) else 503 if isinstance(error, CacheFullError) else 400
+    if isinstance(error, (CacheFullError, OutputError)):  # the latter: a disk that is full, or may not be written to
+        return 503
+    return 404 if isinstance(error, UnknownNameError) else 400

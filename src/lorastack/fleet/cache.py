@@ -89,10 +89,20 @@ class MixtureCache:
             When it is no mixture, or the library lacks one of its adapters; the message lists those there are.
         CacheFullError
             When there is no room for it.
+        OutputError
+            When the system refuses to write.
         LoraStackError
             With the reason, when it cannot be baked for this base and engine.
         """
         mixture = Mixture.parse(mixture) if isinstance(mixture, str) else mixture
+        try:
+            return self._get(mixture)
+        except OSError as error:
+            if isinstance(error, LoraStackError):
+                raise
+            raise OutputError(f"{self.folder}: the cache cannot be used: {error.strerror or error}") from error
+
+    def _get(self, mixture: Mixture) -> Path:
         recipe = self.library.recipe(mixture)
         key = self.key(recipe)
         target = self.folder / key

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 #: So often a share may be lost with its worker: a worker that the system ended for its memory's sake takes along those
 #: that others had.
 MOST_LOSSES = 3
+#: Seconds.
+_REACHED_WITHIN = 10
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -101,8 +104,9 @@ def _on_ray(ray: Any, shares: Iterable[Share], address: str) -> Iterator[Measure
     began = not ray.is_initialized()
     if began:
         try:
+            _reach(address)
             ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="ERROR")
-        except ConnectionError as error:
+        except OSError as error:
             raise LoraStackError(f"there is no Ray cluster at {address}: {error}") from error
     try:
         task = ray.remote(max_retries=MOST_LOSSES)(measure)  # Ray does a lost share again by itself
@@ -121,6 +125,13 @@ def _on_ray(ray: Any, shares: Iterable[Share], address: str) -> Iterator[Measure
     finally:
         if began:
             ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise OSError where nobody listens: Ray would try for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), _REACHED_WITHIN).close()
 
 
 class _Left:
