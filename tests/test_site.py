@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.browser import browser
 from tests.conftest import ROOT
 
 #: Tag -> the attributes whose targets a browser fetches by itself.
@@ -87,3 +88,23 @@ def test_every_public_name_is_in_the_python_reference(site: Path) -> None:
     anchors = Page(site / "api.html").anchors
     homes = {name: f"lorastack.{home}.{name}" for name, home in lorastack._HOMES.items()}
     assert [name for name, home in homes.items() if home not in anchors] == []
+
+
+def test_search_finds_pages_from_a_disk_and_the_network_is_not_asked(site: Path, tmp_path: Path) -> None:
+    with browser(tmp_path / "profile") as tab:
+        tab.open(site / "index.html")
+        found = tab.ask("""new Promise((done) => {
+            const box = document.querySelector("[data-md-component=search-query]");
+            document.querySelector("#__search").click();
+            box.focus();
+            box.value = "intruder";
+            const end = Date.now() + 60000;
+            const look = () => {
+                box.dispatchEvent(new KeyboardEvent("keyup", {bubbles: true, key: "r"}));
+                const links = [...document.querySelectorAll(".md-search-result__link")].map((one) => one.href);
+                if (links.length || Date.now() > end) done(links); else setTimeout(look, 300);
+            };
+            setTimeout(look, 300);
+        })""")
+        assert any("compare.html" in link for link in found), tab.console
+        assert tab.console == []
