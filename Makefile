@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow walk fuzz architectures lint types docs bench bench-fleet build clean fixtures-lycoris fixtures-mlx
+.PHONY: help demo test test-slow test-wheel walk fuzz architectures lint types docs bench bench-fleet build clean fixtures-lycoris fixtures-mlx
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -58,7 +58,7 @@ types: $(VENV)/.dev ## Check types
 
 docs: $(VENV)/.dev ## Build the documentation into site/
 	$(BIN)/python docs/build_reference.py --check
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.dev ## Measure against the peers
 	$(BIN)/python benchmarks/core.py
@@ -72,12 +72,23 @@ bench: $(VENV)/.dev ## Measure against the peers
 bench-fleet: $(VENV)/.dev ## Measure mixtures on the real vLLM (after make fleet-venv)
 	$(BIN)/python benchmarks/fleet.py
 
-build: $(VENV)/.dev ## Build the wheel into dist/
-	$(PIP) build
-	$(BIN)/python -m build --wheel --outdir dist
+build: $(VENV)/.dev ## Build the package into dist/, and check what it says of itself
+	$(PIP) build twine
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+
+# The wheel lies before the packages of .venv, whose own lorastack (this checkout) is not reached.
+test-wheel: build ## Run every test on the built wheel instead of the checkout
+	rm -rf .wheel
+	$(BIN)/python -m venv --without-pip .wheel
+	$(BIN)/python -m pip --python .wheel/bin/python install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.wheel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
+	.wheel/bin/python -c 'import lorastack; assert "/.wheel/" in lorastack.__file__, lorastack.__file__'
+	.wheel/bin/python -m pytest -ra -m "not slow" $(or $(ARGS),tests)
 
 clean: ## Remove the environment and everything built
-	rm -rf $(VENV) .fixtures dist site playground fuzz-findings .mypy_cache .pytest_cache .ruff_cache .hypothesis .llama.cpp
+	rm -rf $(VENV) .wheel .fixtures dist site playground fuzz-findings .mypy_cache .pytest_cache .ruff_cache .hypothesis .llama.cpp
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; run: make PYTHON=python3.12")'

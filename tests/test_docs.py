@@ -40,13 +40,19 @@ def test_python_examples_run(page: Path, workplace: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "console")], ids=lambda p: p.name)
-def test_command_examples_run(page: Path, workplace: Path) -> None:
-    for line in "".join(blocks(page, "console")).splitlines():
-        assert line.startswith("$ lorastack ")
-        words = shlex.split(line.removeprefix("$ lorastack "))
-        done = subprocess.run([sys.executable, "-c", "from lorastack.cli import main; main()", *words],
-                              capture_output=True, text=True, check=False, cwd=workplace)  # fmt: skip
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+def test_command_examples_run_and_print_what_the_page_shows(page: Path, workplace: Path) -> None:
+    shown = re.findall(r"```console\n(.*?)```(?:\n+```text\n(.*?)```)?", page.read_text(), re.DOTALL)
+    for commands, text in shown:
+        printed = ""
+        for line in commands.splitlines():
+            assert line.startswith("$ lorastack ")
+            words = shlex.split(line.removeprefix("$ lorastack "))
+            done = subprocess.run([sys.executable, "-c", "from lorastack.cli import main; main()", *words],
+                                  capture_output=True, text=True, check=False, cwd=workplace)  # fmt: skip
+            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+            printed += done.stdout
+        if text:
+            assert [line.rstrip() for line in text.splitlines()] == [line.rstrip() for line in printed.splitlines()]
 
 
 def test_recipe_examples_load(workplace: Path) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lorastack.recipe import load as load
     from lorastack.torch.tune import tune as tune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: Name -> the module that has it. Each is imported when it is first asked for, so that what needs little starts soon.
 _HOMES = {
