@@ -14,7 +14,7 @@ ORDER = (
     "errors ways decimals pipeline "
     "core.dtypes core.factor core.delta core.kronecker core.lazy core.target core.extras core.patterns core.notebook "
     "core.adapter core.given core.packed core.entry core.stack "
-    "files hub formats base algebra mixture recipe_text recipe targets converting inspect "
+    "files hub formats base algebra mixture recipe_text recipe targets converting inspect pushing "
     "merging extracting torch report cli __main__"
 ).split()
 #: function -> the lower layers it imports: facades that users expect as methods.
@@ -23,6 +23,7 @@ FACADES = {
     "core.adapter.load": {"recipe"},
     "core.adapter.from_gguf": {"formats"},
     "core.adapter.save": {"formats"},
+    "core.adapter.push_to_hub": {"pushing"},
     "core.stack.bake": {"algebra"},
 }
 #: No file has more lines.
