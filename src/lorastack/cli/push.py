@@ -28,6 +28,8 @@ def push_command(
 
     Examples:
 
+    `lorastack push ./zara --to me/zara`
+
     `lorastack push zara:0.7 excited:0.3 --to me/zara-excited --private`
     """
     from lorastack.pushing import push_to_hub
