@@ -15,7 +15,7 @@ ORDER = (
     "core.dtypes core.factor core.delta core.kronecker core.lazy core.target core.extras core.patterns core.notebook "
     "core.adapter core.given core.packed core.entry core.stack "
     "files hub formats fingerprint base algebra mixture recipe_text recipe targets converting inspect "
-    "fleet merging extracting torch report cli __main__"
+    "pushing fleet merging extracting torch report cli __main__"
 ).split()
 #: function -> the lower layers it imports: facades that users expect as methods.
 FACADES = {
@@ -23,6 +23,7 @@ FACADES = {
     "core.adapter.load": {"recipe"},
     "core.adapter.from_gguf": {"formats"},
     "core.adapter.save": {"formats"},
+    "core.adapter.push_to_hub": {"pushing"},
     "core.stack.bake": {"algebra"},
     "core.stack.fingerprint": {"fingerprint"},
 }

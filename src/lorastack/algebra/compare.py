@@ -164,8 +164,8 @@ def compare(
     NamingError
         Listing every weight that has no place in the base.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np
     >>> from lorastack import LoadedLora
     >>> b, a = np.ones((2, 1)), np.array([[3.0, 4.0, 0.0]])

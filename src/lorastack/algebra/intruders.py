@@ -102,8 +102,8 @@ def likenesses(left: LeftVectors, weight: np.ndarray, update: Span, leading: int
 
     Descending by singular value; fewer than ``leading`` where the sum has a lower rank.
 
-    Example
-    -------
+    Examples
+    --------
     >>> weight = np.diag([3.0, 2.0, 1.0, 0.0])
     >>> fourth = np.eye(4)[:, 3:]
     >>> update = Span(fourth, np.array([5.0]), fourth)

@@ -69,8 +69,8 @@ def principal_angles(x: Matrix, y: Matrix) -> tuple[np.ndarray, np.ndarray]:
     ShapeError
         When the shapes differ.
 
-    Example
-    -------
+    Examples
+    --------
     >>> b, a = np.eye(4)[:, :2], np.eye(5)[:2]
     >>> rows, columns = principal_angles(Matrix(b, a), Matrix(b, np.eye(5)[1:3]))
     >>> [f"{angle:.2f}" for angle in rows], [f"{angle:.2f}" for angle in columns]

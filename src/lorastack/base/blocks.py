@@ -106,8 +106,8 @@ def block_weights(lora: LoadedLora | Iterable[str], weights: str | Sequence[floa
         When there is no list of so many numbers, one is no finite number, the adapter has no block, or it has blocks
         that the list has no number for; each of them is named.
 
-    Example
-    -------
+    Examples
+    --------
     >>> names = ["lora_unet_down_blocks_1_attentions_0_proj_in", "unet.up_blocks.1.attentions.0.proj_in.weight"]
     >>> block_weights([*names, "lora_te_text_model_encoder_layers_0_mlp_fc1"], "INALL")
     {'lora_unet_down_blocks_1_attentions_0_*': 1.0, 'unet.up_blocks.1.attentions.0.*': 0.0, 'lora_te_*': 1.0}

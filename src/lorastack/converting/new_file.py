@@ -70,8 +70,8 @@ def convert(
     NamingError
         Listing every weight that has no name there.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import tempfile, numpy as np
     >>> from lorastack import LoadedLora, load
     >>> pair = np.ones((1, 4), np.float32), np.ones((3, 1), np.float32)

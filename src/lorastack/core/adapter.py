@@ -136,8 +136,8 @@ class LoadedLora:
         naming
             Whose names these are; guessed from the names when not given.
 
-        Example
-        -------
+        Examples
+        --------
         >>> import numpy as np
         >>> lora = LoadedLora.from_tensors({"w": (np.ones((2, 3)), np.ones((4, 2)))}, alpha=4)
         >>> lora.get("w").scaling, lora.rank, lora.num_adapters()
@@ -170,6 +170,12 @@ class LoadedLora:
         from lorastack.formats import save
 
         return save(self, path, **options)
+
+    def push_to_hub(self, repo: str, **options: Any) -> str:
+        """Upload the adapter with a model card to ``owner/name``; see `lorastack.pushing.push_to_hub`."""
+        from lorastack.pushing import push_to_hub
+
+        return push_to_hub(self, repo, **options)
 
     def get(self, name: str) -> LoraDelta | None:
         """The update of the weight ``name``; None when this adapter has none."""

@@ -70,8 +70,8 @@ class LoraDelta:
     ShapeError
         When the two factors do not fit each other; the message has both shapes.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np
     >>> delta = LoraDelta(np.ones((1, 3)), np.ones((2, 1)), scaling=0.5)
     >>> delta.rank, delta.in_features, delta.out_features

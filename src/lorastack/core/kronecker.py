@@ -21,8 +21,8 @@ class Kronecker:
     ShapeError
         When the factors have other dimensions.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np
     >>> one = Kronecker(Factor.of(np.eye(2), "w1"), Factor.of(np.ones((1, 3)), "w2"))
     >>> one.shape, one.rows(1, 2).tolist()

@@ -46,8 +46,8 @@ class LoraStack:
         Adapters, each alone (scale 1) or as ``(adapter, scale)``; or a mapping of adapter to scale, or of a name to
         either. A stack, of which this becomes a copy of the first list.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np
     >>> a, b = np.ones((1, 3), np.float32), np.ones((2, 1), np.float32)
     >>> lora = LoadedLora.from_tensors({"layer.weight": (a, b)}, name="ones")
@@ -341,8 +341,8 @@ class LoraStack:
         NonFiniteError
             Listing every factor with NaN or Inf, where the method reads them.
 
-        Example
-        -------
+        Examples
+        --------
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> loras = [LoadedLora.from_tensors({"w": (rng.normal(size=(8, 30)), rng.normal(size=(40, 8)))}) for _ in "ab"]

@@ -85,8 +85,8 @@ def extract(
     ArgumentError
         When no linear layer changed, or neither rank, energy nor tolerance is given.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import tempfile, numpy as np
     >>> from safetensors.numpy import save_file
     >>> folder = Path(tempfile.mkdtemp())

@@ -160,8 +160,8 @@ def merge(
     OutputError
         When the disk has too little room, or refuses to write; nothing is left then.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import tempfile, json, numpy as np
     >>> from safetensors.numpy import save_file, load_file
     >>> from lorastack import LoadedLora, LoraStack

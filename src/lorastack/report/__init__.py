@@ -57,8 +57,8 @@ def report(
     MissingDependencyError
         Without plotly: ``pip install 'lorastack[report]'``.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import tempfile
     >>> import numpy as np
     >>> from lorastack import LoadedLora, LoraStack

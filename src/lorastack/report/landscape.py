@@ -44,8 +44,8 @@ def landscape(tuned: Tuned) -> str:
     MissingDependencyError
         On import of this module, without plotly: ``pip install 'lorastack[report]'``.
 
-    Example
-    -------
+    Examples
+    --------
     >>> from lorastack.torch import Tuned
     >>> from lorastack.torch.search import Trial
     >>> trials = tuple(Trial({"a": x, "b": y}, x * x + y) for x in (0.0, 0.5, 1.0) for y in (0.0, 1.0))

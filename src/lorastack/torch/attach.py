@@ -59,8 +59,8 @@ def attach(
     ArgumentError
         When the model has a stack already.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np, torch
     >>> from lorastack import LoadedLora, LoraStack
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))

@@ -146,8 +146,8 @@ class Handle:
         ArgumentError
             When a scale is no finite number, or another schedule sets scales still.
 
-        Example
-        -------
+        Examples
+        --------
         >>> from types import SimpleNamespace
         >>> from lorastack import LoadedLora
         >>> from lorastack.torch import attach

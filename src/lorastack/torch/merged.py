@@ -134,8 +134,8 @@ def merge_into(
     ArgumentError
         When a stack is attached to the model, or a part of it.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np, torch
     >>> from lorastack import LoadedLora
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))

@@ -35,8 +35,8 @@ class Perplexity:
     ArgumentError
         Listing every text that has fewer than 2 tokens or more than ``max_tokens``.
 
-    Example
-    -------
+    Examples
+    --------
     >>> class Words:
     ...     def __call__(self, text):
     ...         return {"input_ids": [len(word) for word in text.split()]}

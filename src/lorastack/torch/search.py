@@ -23,8 +23,8 @@ class Trial(NamedTuple):
 class Search:
     """At most ``budget`` mixtures, each scored once.
 
-    Example
-    -------
+    Examples
+    --------
     >>> search = Search(("a",), lambda scales: (scales["a"] - 0.3) ** 2, budget=40, low=-1.0, high=1.0)
     >>> start = search.score([1.0])
     >>> search.refine()

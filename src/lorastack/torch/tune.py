@@ -123,8 +123,8 @@ def tune(
     MissingDependencyError
         Without optuna: ``pip install 'lorastack[tune]'``.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np
     >>> model = nn.Sequential(nn.Linear(1, 1, bias=False))
     >>> lora = LoadedLora.from_tensors({"0.weight": (np.ones((1, 1)), np.ones((1, 1)))}, name="ones")
