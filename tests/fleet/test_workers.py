@@ -25,20 +25,20 @@ from lorastack.fleet.workers import MOST_LOSSES, processes
 from tests.conftest import ROOT
 from tests.fleet.engine import program
 from tests.fleet.makers import library
-from tests.fleet.sweep import WEIGHTS, many, same
+from tests.fleet.sweep import WEIGHTS, differing, many
 
 
 def test_two_processes_give_the_numbers_of_one(demo: Path) -> None:
     stack = many(12)
     seen: list[int] = []
-    same(compare(stack), compare(stack, run=processes(2), progress=seen.append))
+    assert differing(compare(stack), compare(stack, run=processes(2), progress=seen.append)) == []
     assert sum(seen) == len(WEIGHTS)
 
 
 def test_with_a_base_which_workers_open_themselves(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     stack = LoraStack([(load(demo / "luna"), 0.7), (load(demo / "robot"), 0.3)])
-    same(compare(stack, demo / "base"), compare(stack, demo / "base", run=processes(2)))
+    assert differing(compare(stack, demo / "base"), compare(stack, demo / "base", run=processes(2))) == []
 
 
 def test_what_a_lost_worker_had_is_done_again() -> None:
@@ -53,7 +53,7 @@ def test_what_a_lost_worker_had_is_done_again() -> None:
                 killed.append(children[0].pid or 0)
                 os.kill(killed[-1], signal.SIGKILL)
 
-    same(compare(stack), compare(stack, run=run))
+    assert differing(compare(stack), compare(stack, run=run)) == []
     assert len(killed) == 2
 
 
@@ -121,7 +121,7 @@ def test_the_command_takes_workers(tmp_path: Path) -> None:
 
 def test_a_thousand_adapters_by_two_processes() -> None:
     stack = many(1000, rank=2, shapes=dict(list(WEIGHTS.items())[:2]))
-    same(compare(stack), compare(stack, run=processes(2)))
+    assert differing(compare(stack), compare(stack, run=processes(2))) == []
 
 
 @pytest.mark.slow
