@@ -11,7 +11,7 @@ import typer.main
 from lorastack.cli.application import app
 from lorastack.cli.help import parts_of
 from lorastack.core.extras import HARMLESS, KINDS
-from lorastack.targets import TARGETS, Target
+from lorastack.targets import FORMATS, PROGRAMS, Target
 
 HERE = Path(__file__).parent
 
@@ -47,8 +47,8 @@ def targets() -> str:
         "# What formats and programs hold",
         "Written by `docs/build_reference.py` from `lorastack.targets`. `lorastack convert` and `bake --for` write "
         "what a row allows and refuse the rest by name.",
-        *_rows("Formats (`--to`)", [row for row in TARGETS.values() if not row.is_program]),
-        *_rows("Programs (`--for`)", [row for row in TARGETS.values() if row.is_program]),
+        *_rows("Formats (`--to`)", list(FORMATS.values())),
+        *_rows("Programs (`--for`)", list(PROGRAMS.values())),
         "## What the extras are",
         "\n".join(f"- `{kind}`: {what}" for kind, what in KINDS.items()),
     ]) + "\n"  # fmt: skip
@@ -89,10 +89,10 @@ def fleet() -> str:
     table = ["| engine | how a stack is given | tried with |", "|---|---|---|"]
     table += [
         f"| {row.title} | {row.given.replace('|', ' ')} | {row.tried or 'untried'} |"
-        for row in TARGETS.values()
+        for row in PROGRAMS.values()
         if row.given
     ]
-    notes = [f"- {row.title}: {row.note}" for row in TARGETS.values() if row.given and row.note]
+    notes = [f"- {row.title}: {row.note}" for row in PROGRAMS.values() if row.given and row.note]
     return "\n".join([before + _BEGIN, "", *table, "", *notes, "", _END + after])
 
 

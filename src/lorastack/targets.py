@@ -8,6 +8,7 @@ of it. The rows of programs were read off their own code: vLLM 0.32 (lora/peft_h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,21 +63,15 @@ class Target:
     given: str = ""
     tried: str = ""
 
-    @property
-    def is_program(self) -> bool:
-        """Whether it is a program, and not a format by itself."""
-        return self.name not in _FORMATS
-
 
 def _kinds(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_FORMATS = ("peft", "gguf", "kohya", "comfyui", "diffusers", "mlx")
 _IMAGE = _kinds("linear conv")
 #: What --max-lora-rank takes (config/lora.py).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_ROWS = (
+_OF_FORMATS = (
     Target("peft", "PEFT", "peft", _kinds("dora lora_bias bias modules_to_save new_tokens alora base_weight"),
            _kinds("linear conv embedding experts")),
     Target("gguf", "GGUF", "gguf", _kinds("alora norm"), _kinds("linear embedding experts"), "fused",
@@ -88,6 +83,8 @@ _ROWS = (
            note="in each model of a pipeline all weights have a DoRA magnitude, or none"),
     Target("mlx", "MLX", "mlx", _kinds("dora"), _kinds("linear embedding"), "one by one", one_scaling=True,
            one_rank=True, note="every weight has a DoRA magnitude, or none"),
+)  # fmt: skip
+_OF_PROGRAMS = (
     Target("vllm", "vLLM", "peft", kinds=_kinds("linear embedding experts"), one_scaling=True, ranks=VLLM_RANKS,
            note="ranks above 16 need --max-lora-rank; older versions do not look at alpha patterns, so scalings are "
            "folded",
@@ -112,30 +109,35 @@ _ROWS = (
            given="a file of `bake --for ollama`: `ADAPTER ./mixture.gguf` in a Modelfile, then `ollama create`"),
     Target("lm-studio", "LM Studio", "gguf", kinds=frozenset(), note="it takes no adapters",
            given="merged: `lorastack merge BASE zara:0.7 excited:0.3 -o mixture.gguf`, a model like any other"),
-    Target("comfyui-app", "ComfyUI", "kohya", _kinds("dora diff diff_b lokr"), _IMAGE),
+    Target("comfyui", "ComfyUI", "kohya", _kinds("dora diff diff_b lokr"), _IMAGE),
     Target("mlx-lm", "mlx-lm", "mlx", _kinds("dora"), _kinds("linear embedding"), "one by one", one_scaling=True,
            one_rank=True, note="every weight has a DoRA magnitude, or none"),
 )  # fmt: skip
-TARGETS = {target.name: target for target in _ROWS}
+#: What can be written, and who reads it; ComfyUI is a format's name and a program's.
+FORMATS = {target.name: target for target in _OF_FORMATS}
+PROGRAMS = {target.name: target for target in _OF_PROGRAMS}
 
 
-def target_of(name: str) -> Target:
-    """The row of a format or a program.
+def format_of(name: str) -> Target:
+    """The row of a format; ArgumentError when there is none of that name."""
+    return _row(name, "format", FORMATS)
 
-    Raises
-    ------
-    ArgumentError
-        When there is none of that name.
-    """
-    if name not in TARGETS:
-        raise ArgumentError(f"there is no target {name!r}; there are {', '.join(TARGETS)}{did_you_mean(name, TARGETS)}")
-    return TARGETS[name]
+
+def program_of(name: str) -> Target:
+    """The row of a program; ArgumentError when there is none of that name."""
+    return _row(name, "program", PROGRAMS)
+
+
+def _row(name: str, what: str, rows: Mapping[str, Target]) -> Target:
+    if name not in rows:
+        raise ArgumentError(f"there is no {what} {name!r}; there are {', '.join(rows)}{did_you_mean(name, rows)}")
+    return rows[name]
 
 
 def room_for(target: Target, rank: int) -> int | None:
     """The rank that a program has to be started for; None where any is taken.
 
-    >>> room_for(target_of("vllm"), 24), room_for(target_of("gguf"), 24)
+    >>> room_for(program_of("vllm"), 24), room_for(format_of("gguf"), 24)
     (32, None)
     """
     return next((one for one in target.ranks if one >= rank), None)

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from lorastack import LoadedLora, convert, load, save
+from lorastack.cli.options import Program
 from lorastack.converting import fitting
 from lorastack.core.delta import LoraDelta
 from lorastack.core.extras import HARMLESS, KINDS
 from lorastack.core.factor import Factor
 from lorastack.core.kronecker import Kronecker
 from lorastack.errors import ArgumentError, FormatError, LoraStackError
-from lorastack.targets import TARGETS, Target, holds, target_of
+from lorastack.targets import FORMATS, PROGRAMS, Target, format_of, holds, program_of
 
-FORMATS = [row for row in TARGETS.values() if not row.is_program]
+ROWS = [*FORMATS.values(), *PROGRAMS.values()]
 NAMES = {"linear": "unet.mid_block.attentions.0.proj_in", "conv": "unet.mid_block.resnets.0.conv1"}
 SHAPES = {
     "linear": ((2, 6), (4, 2)),
@@ -64,7 +65,7 @@ def writes(lora: LoadedLora, target: Target, folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("target", FORMATS, ids=lambda row: row.name)
+@pytest.mark.parametrize("target", FORMATS.values(), ids=FORMATS)
 def test_a_format_holds_the_kinds_of_updates_that_its_row_says(target: Target, kind: str, tmp_path: Path) -> None:
     assert writes(adapter(target, kind), target, tmp_path) == (kind in target.kinds)
 
@@ -91,7 +92,7 @@ def extras(kind: str, weight: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("target", FORMATS, ids=lambda row: row.name)
+@pytest.mark.parametrize("target", FORMATS.values(), ids=FORMATS)
 def test_a_format_holds_the_extras_that_its_row_says(target: Target, kind: str, tmp_path: Path) -> None:
     lora = adapter(target)
     (weight,) = lora.adapters
@@ -108,7 +109,7 @@ def test_a_format_holds_the_extras_that_its_row_says(target: Target, kind: str, 
 
 
 def test_programs_are_refused_what_their_format_could_hold(tmp_path: Path) -> None:
-    vllm = target_of("vllm")
+    vllm = program_of("vllm")
     lora = adapter(vllm)
     (weight,) = lora.adapters
     held = replace(lora, extras=MappingProxyType({"dora": extras("dora", weight)}))
@@ -121,12 +122,19 @@ def test_programs_are_refused_what_their_format_could_hold(tmp_path: Path) -> No
 
 
 def test_words_that_are_no_target() -> None:
-    with pytest.raises(ArgumentError, match=r"no target 'vlm'.*did you mean vllm"):
-        target_of("vlm")
+    with pytest.raises(ArgumentError, match=r"no program 'vlm'.*did you mean vllm"):
+        program_of("vlm")
+    with pytest.raises(ArgumentError, match=r"no format 'vllm'; there are peft, gguf"):
+        format_of("vllm")
+
+
+def test_the_help_names_every_program_that_takes_adapters() -> None:
+    (option,) = [one for one in Program.__metadata__ if hasattr(one, "help")]
+    assert option.help.partition(": ")[2].split(", ") == [row.name for row in PROGRAMS.values() if row.kinds]
 
 
 def test_a_file_of_an_ending_that_several_have_needs_its_format(tmp_path: Path) -> None:
-    lora = adapter(target_of("kohya"))
+    lora = adapter(format_of("kohya"))
     with pytest.raises(ArgumentError, match=r"say which with to='kohya'"):
         convert(lora, tmp_path / "x.safetensors")
     with pytest.raises(ArgumentError, match=r"vLLM reads 'peft', not 'gguf'"):
@@ -135,16 +143,15 @@ def test_a_file_of_an_ending_that_several_have_needs_its_format(tmp_path: Path) 
 
 
 def test_every_row_is_one_of_the_formats() -> None:
-    assert {row.format for row in TARGETS.values()} == {row.name for row in FORMATS}
-    for row in TARGETS.values():
-        own = TARGETS[row.format]
+    for row in ROWS:
+        own = FORMATS[row.format]
         assert row.extras <= own.extras, row.name
         assert row.kinds <= own.kinds, row.name
         assert row.extras <= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("target", ROWS, ids=lambda row: row.title)
 def test_an_update_is_refused_where_its_row_has_no_place_for_it(target: Target, kind: str) -> None:
     single = kind == "experts" and target.experts == "one by one"  # each of them is a linear layer then
     held = "linear" in target.kinds if single else kind in target.kinds

@@ -96,13 +96,13 @@ def bake(
     from lorastack.converting.new_file import fitting, row_of
     from lorastack.files import check_output
     from lorastack.recipe import Recipe, recipe_files
-    from lorastack.targets import target_of
+    from lorastack.targets import format_of
 
     outputs = _outputs(output, parse_sweep(scales))
     for path, _ in outputs:
         check_output(path, force)
     row = row_of(output, format, program) if program else None
-    written_as = row.format if row else target_of(format).format if format else None
+    written_as = row.format if row else format_of(format).format if format else None
     as_gguf = written_as == "gguf" if written_as else output.suffix == ".gguf"
     recipe = Recipe.of_words(adapters, base)
     for path, _ in outputs:

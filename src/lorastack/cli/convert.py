@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 def _formats() -> list[str]:
-    from lorastack.targets import TARGETS
+    from lorastack.targets import FORMATS
 
-    return [row.name for row in TARGETS.values() if not row.is_program]
+    return list(FORMATS)
 
 
 def convert_command(

@@ -32,9 +32,9 @@ def _methods() -> list[str]:
 
 
 def _programs() -> list[str]:
-    from lorastack.targets import TARGETS
+    from lorastack.targets import PROGRAMS
 
-    return [row.name for row in TARGETS.values() if row.is_program]
+    return list(PROGRAMS)
 
 
 Adapters = Annotated[
@@ -102,7 +102,7 @@ Program = Annotated[
         "--for",
         metavar="PROGRAM",
         autocompletion=_programs,
-        help="The program that will read it: vllm, sglang, tensorrt-llm, lorax, llama.cpp, ollama, comfyui-app, mlx-lm",
+        help="The program that will read it: vllm, sglang, tensorrt-llm, lorax, llama.cpp, ollama, comfyui, mlx-lm",
     ),
 ]
 Method = Annotated[

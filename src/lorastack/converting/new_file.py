@@ -17,7 +17,7 @@ from lorastack.formats import save
 from lorastack.formats.provenance import sources_of
 from lorastack.formats.writers import Format
 from lorastack.recipe import load
-from lorastack.targets import Experts, Target, holds, room_for, target_of
+from lorastack.targets import Experts, Target, format_of, holds, program_of, room_for
 from lorastack.ways import Way, drop_extras, ways
 
 _RESIZE = Way("bake it with rank=...", "give it a lower one with `lorastack resize`")
@@ -100,7 +100,7 @@ def fitting(
     NamingError
         Listing every weight that has no name there.
     """
-    target = target_of(target) if isinstance(target, str) else target
+    target = program_of(target) if isinstance(target, str) else target
     layout = _layout(target, experts)
     _check_extras(lora, target)
     lora = named_for(lora, target.format, base)
@@ -115,18 +115,18 @@ def fitting(
 def row_of(out: Path, to: str | None, target: str | None) -> Target:
     """What is written to ``out``: for the program ``target``, in the format ``to``, or as the ending says."""
     if target is not None:
-        row = target_of(target)
+        row = program_of(target)
         if to not in (None, row.format):
             raise ArgumentError(f"{row.title} reads {row.format!r}, not {to!r}; give one of the two")
         return row
     if to is not None:
-        return target_of(to)
+        return format_of(to)
     if out.suffix == ".safetensors":
         raise ArgumentError(
             f"{out}: kohya, ComfyUI and diffusers all have files of this ending"
             + ways(Way("say which with to='kohya'", "say which with --to kohya"))
         )
-    return target_of("gguf" if out.suffix == ".gguf" else "peft")
+    return format_of("gguf" if out.suffix == ".gguf" else "peft")
 
 
 def _layout(target: Target, experts: Experts | None) -> Experts | None:

@@ -12,7 +12,7 @@ from lorastack.converting.fold import one_rank, one_scaling
 from lorastack.core.adapter import LoadedLora
 from lorastack.errors import ArgumentError, UnsupportedError
 from lorastack.recipe import Recipe
-from lorastack.targets import Target, room_for, target_of
+from lorastack.targets import Target, program_of, room_for
 
 #: Stored types of two bytes; all others are written with four at most.
 _NARROW = frozenset("float16 bfloat16 f16 bf16".split())
@@ -56,7 +56,7 @@ class Baking:
     @property
     def row(self) -> Target:
         """What the engine can hold."""
-        return target_of(self.target)
+        return program_of(self.target)
 
     @property
     def how(self) -> dict[str, object]:

@@ -14,7 +14,7 @@ from lorastack.fleet.baking import Baking
 from lorastack.fleet.library import Library
 from lorastack.fleet.settings import MAX_RANK
 from lorastack.mixture import Mixture
-from lorastack.targets import VLLM_RANKS, room_for, target_of
+from lorastack.targets import VLLM_RANKS, program_of, room_for
 
 GENERAL, ENDPOINTS = "vllm.general_plugins", "vllm.endpoint_plugins"
 #: Of these vLLM loads every plugin there is, unless VLLM_PLUGINS names those it may.
@@ -62,7 +62,7 @@ def rank_for(checked: Collection[Checked], parts: int) -> tuple[int, int]:
     """
     ranks = sorted((one.rank for one in checked if one.rank is not None), reverse=True)
     widest = sum(ranks[:parts])
-    return widest, max(MAX_RANK, room_for(target_of("vllm"), widest) or VLLM_RANKS[-1])
+    return widest, max(MAX_RANK, room_for(program_of("vllm"), widest) or VLLM_RANKS[-1])
 
 
 def plugins(environment: Mapping[str, str], endpoint: bool) -> list[str] | None:
