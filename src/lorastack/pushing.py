@@ -12,6 +12,7 @@ from lorastack import formats
 from lorastack.core.adapter import LoadedLora
 from lorastack.errors import ArgumentError, LoraStackError
 from lorastack.formats.provenance import Ingredient, Provenance
+from lorastack.markdown import in_a_cell
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _BASE = "base_model_name_or_path"
@@ -64,7 +65,7 @@ def hub_base(lora: LoadedLora) -> str | None:
 
 def card(lora: LoadedLora, base: str | None) -> str:
     """The text of README.md."""
-    name = _plain(lora.name)
+    name = in_a_cell(lora.name)
     lines = ["---", "library_name: peft", *([f"base_model: {base}"] if base else [])]
     lines += ["tags:", "- lora", "- lorastack", "---", "", f"# {name}", ""]
     lines += [
@@ -73,7 +74,7 @@ def card(lora: LoadedLora, base: str | None) -> str:
     made = Provenance.of_lora(lora)
     if lora.origin:
         lines += ["", "It is the sum of these, baked with LoraStack:", "", "| adapter | scale |", "|---|---|"]
-        lines += [f"| {_plain(_called(one))} | {one.scale:g} |" for one in made.ingredients]
+        lines += [f"| {in_a_cell(_called(one))} | {one.scale:g} |" for one in made.ingredients]
     settings = [f"{key} {value}" for key, value in made.made.items() if isinstance(value, (int, float))]
     lines += ["", f"Settings: {', '.join(settings)}."] if settings else []
     return "\n".join(lines) + "\n"
@@ -81,8 +82,3 @@ def card(lora: LoadedLora, base: str | None) -> str:
 
 def _called(one: Ingredient) -> str:
     return one.name or Path(one.source).name
-
-
-def _plain(text: str) -> str:
-    """On one line, and no end of a table's cell."""
-    return " ".join(text.split()).replace("|", "\\|")

@@ -13,14 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from lorastack.base.originals import originals
+from lorastack.base.parts import ADAPTED, TEXT_ENCODERS, other_text
 from lorastack.core.delta import LoraDelta
 from lorastack.core.factor import Factor
 from lorastack.errors import NamingError
 from lorastack.formats.kohya_names import kohya_name
 
-#: A pipeline's models that adapters change; "" is a model by itself.
-_IMAGE, _TEXT = ("unet", "transformer", "transformer_2", "prior"), ("text_encoder", "text_encoder_2", "text_encoder_3")
-#: Front of a name -> the models it may be of, the likeliest first. T5 is Flux's second text encoder, SD3's third.
+#: Front of a name -> the models it may be of, the likeliest first; "" is a model by itself. T5 is Flux's second text
+#: encoder, SD3's third.
 _FRONTS: dict[str, tuple[str, ...]] = {
     "lora_unet_": ("unet", "transformer", ""),
     "lora_transformer_": ("transformer", "unet", ""),
@@ -29,13 +29,13 @@ _FRONTS: dict[str, tuple[str, ...]] = {
     "lora_te1_": ("text_encoder", ""),
     "lora_te2_": ("text_encoder_2", ""),
     "lora_te3_": ("text_encoder_3", "text_encoder_2", ""),
-    "lycoris_": (*_IMAGE, *_TEXT, ""),
+    "lycoris_": (*ADAPTED, ""),
     "diffusion_model.": ("unet", "transformer", ""),
     "model.diffusion_model.": ("unet", "transformer", ""),
     "text_encoders.clip_l.transformer.": ("text_encoder", ""),
     "text_encoders.clip_g.transformer.": ("text_encoder_2", ""),
     "text_encoders.t5xxl.transformer.": ("text_encoder_3", "text_encoder_2", ""),
-    **{f"{one}.": (one, "") for one in (*_IMAGE, *_TEXT)},
+    **{f"{one}.": (one, "") for one in ADAPTED},
     "": ("unet", "transformer", ""),
 }
 _PARAMETERS = ("weight", "bias")
@@ -80,7 +80,7 @@ class ForeignNames:
             module, _, parameter = name.rpartition(".")
             if parameter in _PARAMETERS:
                 first, _, rest = module.partition(".")
-                model, path = (first, rest) if rest and first in (*_IMAGE, *_TEXT) else ("", module)
+                model, path = (first, rest) if rest and first in ADAPTED else ("", module)
                 found.setdefault(model, {})[path] = (path,)
         return found
 
@@ -89,10 +89,10 @@ class ForeignNames:
         """Model -> a name with dots, the base's own or of the model's code -> the modules it is."""
         found = {}
         for model, modules in self._modules.items():
-            others = {} if model in _TEXT else dict(originals(modules))
+            others = {} if model in TEXT_ENCODERS else dict(originals(modules))
             # transformers 5 has taken CLIP's `text_model.` away; a vision model has the same layers, and is none.
-            if model in _TEXT or (not model and not _WORDS.isdisjoint(modules)):
-                others |= {_other_text(path): (path,) for path in modules}
+            if model in TEXT_ENCODERS or (not model and not _WORDS.isdisjoint(modules)):
+                others |= {other_text(path): (path,) for path in modules}
             found[model] = others | modules
         return found
 
@@ -204,10 +204,6 @@ def delta_at(delta: LoraDelta, place: Place, shape: tuple[int, ...] | None) -> L
 
 def _shaped(factor: Factor, shape: tuple[int, ...]) -> Factor:
     return factor.mapped(lambda array: array.reshape(shape), shape)
-
-
-def _other_text(path: str) -> str:
-    return path.removeprefix("text_model.") if path.startswith("text_model.") else f"text_model.{path}"
 
 
 def _is_text(path: str) -> bool:

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 #: The models that remove noise, the likeliest first: what a name without a front is of.
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+#: Those whose front says that a weight is of a pipeline: the decoder of a language model is called so too.
+ADAPTED = (*(one for one in DENOISERS if one != "decoder"), *TEXT_ENCODERS)
 #: What a pipeline calls its models; others it names itself.
 FRONTS = frozenset((*DENOISERS, *TEXT_ENCODERS, "vae", "image_encoder", "controlnet", "safety_checker"))
 #: Those that no other kind of model has as the front of its names.
@@ -37,7 +39,7 @@ def in_pipeline(name: str, parts: Sequence[str]) -> Iterator[str]:
     """What a pipeline of these parts may call the weight that an adapter calls ``name``, the likeliest first."""
     front, _, rest = name.partition(".")
     if front in parts or front in FRONTS:
-        yield from (f"{front}.{inner}" for inner in _inner(rest))
+        yield f"{front}.{other_text(rest)}"
         return
     for part in (one for one in DENOISERS if one in parts):
         yield f"{part}.{name}"
@@ -50,9 +52,13 @@ def in_text_encoder(name: str, shapes: Collection[str]) -> Iterator[str]:
         yield rest
         name = rest
     if f"{_INNER}{_WORDS}" in shapes or _WORDS in shapes:  # CLIP's, and no vision model, which has the same layers
-        yield from _inner(name)
+        yield other_text(name)
 
 
-def _inner(name: str) -> Iterator[str]:
-    """The same weight in a class that is the text model, and in one that holds it."""
-    yield name[len(_INNER) :] if name.startswith(_INNER) else _INNER + name
+def other_text(name: str) -> str:
+    """The name of a weight of a text model in a class that holds it, or the other way round.
+
+    >>> other_text("text_model.final_layer_norm.weight"), other_text("final_layer_norm.weight")
+    ('final_layer_norm.weight', 'text_model.final_layer_norm.weight')
+    """
+    return name[len(_INNER) :] if name.startswith(_INNER) else _INNER + name

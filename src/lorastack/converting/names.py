@@ -10,6 +10,7 @@ from lorastack.algebra.entries import Entry, check_fit
 from lorastack.base import convert_names
 from lorastack.base.known_paths import known_path
 from lorastack.base.model import BaseModel
+from lorastack.base.parts import ADAPTED
 from lorastack.converting.originals import under_original_names
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.lazy import LazyDeltas
@@ -20,7 +21,6 @@ from lorastack.ways import Way, ways
 
 #: Formats whose names have a pipeline's model in front.
 _OF_PIPELINES = ("kohya", "diffusers")
-_MODELS = ("unet", "transformer", "transformer_2", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")
 #: An image model's transformer, and not a language model's body.
 _OF_IMAGES = re.compile(r"transformer\.((single_)?transformer_blocks\.|blocks\.\d+\.(attn[12]|ffn\.net)\.)")
 _BASE = Way("give base=, the model it was trained on", "give --base, the model it was trained on")
@@ -88,7 +88,7 @@ def _of_known_models(lora: LoadedLora) -> LoadedLora:
 
 def _in_pipeline(lora: LoadedLora, base: BaseModel | None) -> LoadedLora:
     """Names with a pipeline's model in front, where they are those of one of its models alone."""
-    if lora.naming == "kohya" or any(name.partition(".")[0] in _MODELS for name in lora.adapters):
+    if lora.naming == "kohya" or any(name.partition(".")[0] in ADAPTED for name in lora.adapters):
         return lora
     kind = str(base.config.get("_class_name", "")) if base else ""
     model = "unet" if "UNet" in kind else "transformer" if "Transformer" in kind else ""
@@ -100,7 +100,7 @@ def _in_pipeline(lora: LoadedLora, base: BaseModel | None) -> LoadedLora:
 def _alone(lora: LoadedLora) -> LoadedLora:
     """Names without the pipeline's model, which a file of one model does not have."""
     fronts = dict.fromkeys(name.partition(".")[0] for name in lora.adapters)
-    if not any(front in _MODELS for front in fronts):
+    if not any(front in ADAPTED for front in fronts):
         return lora
     if len(fronts) > 1:
         raise NamingError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorastack.files import MERGE_RECIPE
 from lorastack.formats.provenance import Provenance
+from lorastack.markdown import in_a_cell
 from lorastack.merging.survival import Survival
 
 CARD, RECIPE = "README.md", MERGE_RECIPE
@@ -16,16 +17,16 @@ CARD, RECIPE = "README.md", MERGE_RECIPE
 def card(provenance: Provenance, survivals: Sequence[Survival], base: str) -> str:
     """The text of README.md."""
     lines = ["---", f"base_model: {_quoted(base)}", "tags:", "- merge", "- lorastack", "---", ""]
-    lines += [f"# A merge into {_plain(base)}", ""]
+    lines += [f"# A merge into {in_a_cell(base)}", ""]
     lines += ["Made with LoraStack: the adapters' updates were added to the base's weights, which need none now.", ""]
     lines += ["| adapter | scale |", "|---|---|"]
-    lines += [f"| {_plain(one.source)} | {one.scale:g} |" for one in provenance.ingredients]
+    lines += [f"| {in_a_cell(one.source)} | {one.scale:g} |" for one in provenance.ingredients]
     lines += ["", *_how(provenance.made)]
     if survivals:
         lines += ["", "Of each weight's update, once rounded to the type it is stored in:", ""]
         lines += ["| type | weights | error | kept |", "|---|---|---|---|"]
         lines += [f"| {kind} | {count} | {error:.2g} | {kept:.1%} |" for kind, count, error, kept in by_kind(survivals)]
-    lines += ["", f"`lorastack merge {_plain(base)} {RECIPE} -o OUT` makes it again.", ""]
+    lines += ["", f"`lorastack merge {in_a_cell(base)} {RECIPE} -o OUT` makes it again.", ""]
     return "\n".join(lines)
 
 
@@ -45,9 +46,4 @@ def _how(made: Mapping[str, Any]) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    return '"' + _plain(text).replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _plain(text: str) -> str:
-    """On one line, and no end of a table's cell."""
-    return " ".join(text.split()).replace("|", "\\|")
+    return '"' + in_a_cell(text).replace("\\", "\\\\").replace('"', '\\"') + '"'
