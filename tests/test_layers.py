@@ -12,8 +12,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "lorastack"
 #: From the ground up; ``core`` by its own files.
 ORDER = (
     "errors ways decimals markdown pipeline "
-    "core.dtypes core.factor core.delta core.kronecker core.lazy core.target core.extras core.patterns core.notebook "
-    "core.adapter core.given core.packed core.entry core.stack "
+    "core.dtypes core.factor core.placed core.delta core.kronecker core.lazy core.target core.extras core.patterns "
+    "core.notebook core.adapter core.given core.packed core.entry core.stack "
     "files hub formats fingerprint base algebra mixture recipe_text recipe targets converting inspect "
     "pushing fleet merging extracting torch report cli __main__"
 ).split()

@@ -7,14 +7,11 @@ block-diagonal B with A's side by side, and the rows of B that gate has are the 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from functools import partial
-
-import numpy as np
+from collections.abc import Mapping
 
 from lorastack.core.delta import LoraDelta
-from lorastack.core.factor import Factor
-from lorastack.errors import Failures, ShapeError
+from lorastack.core.placed import common_scaling, folded, placed
+from lorastack.errors import ShapeError
 
 _SINGLE = re.compile(r"(?P<block>.+\.experts)\.(?P<number>\d{1,9})\.(?P<layer>[a-z0-9_]+)\.weight")
 _FUSED = re.compile(r"(?P<block>.+\.experts)\.(?P<parameter>gate_up_proj|down_proj)")
@@ -58,16 +55,16 @@ def together(parts: Mapping[int, LoraDelta], experts: int) -> LoraDelta:
         raise ShapeError(f"these updates are not of {experts} experts of one shape: {said}")
     ((n_in, n_out),) = shapes
     rank = max(delta.rank for delta in parts.values())
-    common = _common([delta.scaling for delta in parts.values()])
+    common = common_scaling([delta.scaling for delta in parts.values()])
     places = [
         [
             (delta.factors[0], 1.0, (n, slice(0, delta.rank))),
-            (delta.factors[1], _over(delta.scaling, common), (n, slice(None), slice(0, delta.rank))),
+            (delta.factors[1], folded(delta.scaling, common), (n, slice(None), slice(0, delta.rank))),
         ]
         for n, delta in parts.items()
     ]
-    a = _filled((experts, rank, n_in), [at[0] for at in places])
-    b = _filled((experts, n_out, rank), [at[1] for at in places])
+    a = placed((experts, rank, n_in), [at[0] for at in places])
+    b = placed((experts, n_out, rank), [at[1] for at in places])
     return LoraDelta(a, b, common, "experts")
 
 
@@ -81,17 +78,17 @@ def beside(gate: LoraDelta | None, up: LoraDelta | None) -> LoraDelta:
     half, experts, n_in = first.out_features, first.num_experts or 0, first.in_features
     if any((d.out_features, d.num_experts, d.in_features) != (half, experts, n_in) for _, d in there):
         raise ShapeError(f"the updates of gate and up differ in shape: {', '.join(str(d) for _, d in there)}")
-    common = _common([delta.scaling for _, delta in there])
+    common = common_scaling([delta.scaling for _, delta in there])
     rank = sum(delta.rank for _, delta in there)
     a_places, b_places, start = [], [], 0
     for n, delta in there:
         ranks = slice(start, start + delta.rank)
         a_places.append((delta.factors[0], 1.0, (slice(None), ranks)))
         rows = slice(n * half, (n + 1) * half)
-        b_places.append((delta.factors[1], _over(delta.scaling, common), (slice(None), rows, ranks)))
+        b_places.append((delta.factors[1], folded(delta.scaling, common), (slice(None), rows, ranks)))
         start += delta.rank
     return LoraDelta(
-        _filled((experts, rank, n_in), a_places), _filled((experts, 2 * half, rank), b_places), common, "experts"
+        placed((experts, rank, n_in), a_places), placed((experts, 2 * half, rank), b_places), common, "experts"
     )
 
 
@@ -108,36 +105,3 @@ def one_of(delta: LoraDelta, number: int) -> LoraDelta:
     """The update of a single expert in one of all."""
     a, b = (factor.mapped(lambda x: x[number], factor.shape[1:]) for factor in delta.factors)
     return LoraDelta(a, b, delta.scaling, "linear")
-
-
-#: A factor, what it is multiplied by, and where it lies in the whole.
-_Place = tuple[Factor, float, tuple[int | slice, ...]]
-
-
-def _filled(shape: tuple[int, ...], places: Sequence[_Place]) -> Factor:
-    """A factor that is zero but for its parts, put together when it is read."""
-    kinds = {factor.dtype for factor, _, _ in places}
-    plain = len(kinds) == 1 and all(times == 1.0 for _, times, _ in places)
-    dtype = kinds.pop() if plain else np.dtype(np.float32)
-
-    def read() -> np.ndarray:
-        whole = np.zeros(shape, dtype)
-        failures = Failures("factors of experts cannot be used")
-        for factor, times, at in places:
-            part = failures.get(partial(factor.cast, times, dtype))
-            if part is not None:
-                whole[at] = part
-        failures.raise_any()
-        return whole
-
-    first = places[0][0]
-    return Factor(shape, dtype, read, first.label, any(f.allow_nonfinite for f, _, _ in places), first.stored)
-
-
-def _common(scalings: Sequence[float]) -> float:
-    """The scaling of all, where it is one; else 1, and each is folded into its B."""
-    return scalings[0] if len(set(scalings)) == 1 else 1.0
-
-
-def _over(scaling: float, common: float) -> float:
-    return 1.0 if scaling == common else scaling

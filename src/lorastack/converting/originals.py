@@ -18,8 +18,9 @@ from lorastack.base.model import BaseModel
 from lorastack.base.originals import originals
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
-from lorastack.core.factor import Factor, JoinedFactor
+from lorastack.core.factor import JoinedFactor
 from lorastack.core.lazy import LazyDeltas
+from lorastack.core.placed import common_scaling, folded, placed
 from lorastack.errors import NamingError, Problems
 from lorastack.ways import BASE, drop_extras, ways
 
@@ -127,24 +128,15 @@ def _joined(lora: LoadedLora, parts: Sequence[str], rows: Sequence[int]) -> Lora
     if len(parts) == 1:
         ((_, delta),) = there
         return _turned(delta) if parts[0][0] == "~" else delta
-    scalings = {delta.scaling for _, delta in there}
-    common = scalings.pop() if len(scalings) == 1 else 1.0
+    common = common_scaling([delta.scaling for _, delta in there])
+    places, start = [], 0
+    for n, delta in there:
+        first, ranks = sum(rows[:n]), slice(start, start + delta.rank)
+        where = (slice(first, first + rows[n]), ranks)
+        places.append((delta.factors[1], folded(delta.scaling, common), where))
+        start += delta.rank
     a = JoinedFactor([(1.0, delta.factors[0]) for _, delta in there], 0)
-    shape = (sum(rows), a.shape[0])
-    wide = np.dtype(np.float32) if common == 1.0 or len(there) != len(parts) else there[0][1].factors[1].dtype
-
-    def read() -> np.ndarray:
-        whole: np.ndarray = np.zeros(shape, wide)
-        start = 0
-        for n, delta in there:
-            first = sum(rows[:n])
-            times = 1.0 if delta.scaling == common else delta.scaling
-            whole[first : first + rows[n], start : start + delta.rank] = delta.factors[1].cast(times, wide)
-            start += delta.rank
-        return whole
-
-    first = there[0][1].factors[1]
-    return LoraDelta(a, Factor(shape, wide, read, first.label, first.allow_nonfinite, first.stored), common)
+    return LoraDelta(a, placed((sum(rows), start), places), common)
 
 
 def _turned(delta: LoraDelta) -> LoraDelta:
