@@ -176,3 +176,29 @@ def test_a_unet_goes_under_the_names_of_its_own_code_without_a_base(tmp_path: Pa
     assert "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight" in one.adapters
     base = BaseModel("sd", "hf", None, {}, {f"unet.{m}.weight": (8, 8) for m in set(unet_originals().values())} | IMAGE)
     assert differing(start, load(convert(one, tmp_path / "two.safetensors", to="diffusers", base=base))) == []
+
+
+EXPERTS = {
+    f"model.layers.{n}.mlp.experts.{e}.{layer}.weight": shape
+    for n in range(2)
+    for e in range(3)
+    for layer, shape in {"gate_proj": (10, 6), "up_proj": (10, 6), "down_proj": (6, 10)}.items()
+}
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.lists(st.sampled_from(["one by one", "fused", "mlx"]), min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_experts_in_every_layout(seed: int, layouts: list[str], many: bool) -> None:
+    start = random(EXPERTS, seed, many=many)
+    with tempfile.TemporaryDirectory() as folder:
+        lora = start
+        for n, layout in enumerate([*layouts, "one by one"]):
+            experts = None if layout == "mlx" else layout
+            to = "mlx" if layout == "mlx" else "peft"
+            lora = load(convert(lora, Path(folder) / str(n), to=to, experts=experts))  # type: ignore[arg-type]
+            assert any(name.endswith("experts.gate_up_proj") for name in lora.adapters) == (layout == "fused")
+        assert differing(start, lora) == []
