@@ -165,22 +165,29 @@ def test_who_stops_reading_gets_no_traceback(lorastack: Command) -> None:  # noq
         assert done.returncode in (141, 1), words
 
 
-def test_a_full_disk_behind_the_output_is_said(lorastack: Command) -> None:  # noqa: F811
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_the_output_is_said(lorastack: Command, unbuffered: str) -> None:  # noqa: F811
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*RUN, "inspect", "luna"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            [*RUN, "inspect", "luna"], stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr == "error: No space left on device\n"
 
 
-@pytest.mark.parametrize("after", [0.15, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("after", [0.05, 0.15, 0.3, 0.6, 1.0])
 def test_an_interrupt_at_any_moment_gives_no_traceback(lorastack: Command, after: float) -> None:  # noqa: F811
     """But for the first moments, in which Python itself starts and nothing of ours runs yet."""
+    code = "from lorastack.cli import main; print('started', flush=True); main()"
     with subprocess.Popen(
-        [*RUN, "run", "base", "luna", "-p", "Once upon a time", "-n", "400"],
+        [sys.executable, "-c", code, "run", "base", "luna", "-p", "Once upon a time", "-n", "400"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
         time.sleep(after)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)

@@ -30,7 +30,7 @@ def run_to_its_end(command: Callable[[], object]) -> None:
     for number in taken:
         signal.signal(number, _end)
     try:
-        command()
+        _with_all_its_output(command)
     except LoraStackError as error:
         say_error(str(error))
     except KeyboardInterrupt:
@@ -46,6 +46,22 @@ def run_to_its_end(command: Callable[[], object]) -> None:
         for number in taken:  # whoever called this goes on with the handlers it had
             signal.signal(number, signal.SIG_DFL)
     sys.exit(1)
+
+
+def _with_all_its_output(command: Callable[[], object]) -> None:
+    """Run it and hand all that it printed to the system: what Python keeps to its own end fails where nobody looks."""
+    try:
+        command()
+    finally:
+        try:
+            if sys.stdout is not None:  # it was closed by who started us
+                sys.stdout.flush()
+        except OSError as error:
+            # Python would try once more at its end, and say so in words of its own.
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):  # who reads no further wants no more
+                raise
 
 
 def _show_warning(
