@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -46,6 +48,22 @@ def run_to_its_end(command: Callable[[], object]) -> None:
         for number in taken:  # whoever called this goes on with the handlers it had
             signal.signal(number, signal.SIG_DFL)
     sys.exit(1)
+
+
+@contextlib.contextmanager
+def interrupted_later() -> Iterator[None]:
+    """Ctrl-C counts at the end of this: torch ends the process where it is interrupted while it is imported."""
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C is not for others
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _with_all_its_output(command: Callable[[], object]) -> None:

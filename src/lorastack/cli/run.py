@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorastack.cli.console import echo, echo_json
+from lorastack.cli.ending import interrupted_later
 from lorastack.cli.options import (
     AllowNonfinite,
     Device,
@@ -96,10 +97,11 @@ def run(
     if rows and not adapters:
         raise ArgumentError("--rows mixes adapters by name; name the adapter files after the base")
     require_all("torch")
-    import torch
+    with interrupted_later():
+        import torch
 
-    from lorastack.torch import attach_all
-    from lorastack.torch.generate import encode, generate, load_base
+        from lorastack.torch import attach_all
+        from lorastack.torch.generate import encode, generate, load_base
 
     recipe = Recipe.of_words(adapters or [], base)
     entries = recipe.entries(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorastack.cli.console import echo, echo_json, remark
+from lorastack.cli.ending import interrupted_later
 from lorastack.cli.options import (
     AllowNonfinite,
     Device,
@@ -97,8 +98,9 @@ def tune(
     _check_outputs(output, plot, force, text)
     texts = [line for file in text for line in _lines(file)]
     require_all("tune", *(["report"] if plot else []))
-    from lorastack.torch import tune as search
-    from lorastack.torch.generate import load_base
+    with interrupted_later():
+        from lorastack.torch import tune as search
+        from lorastack.torch.generate import load_base
 
     recipe = Recipe.of_words(adapters, base)
     sources: list[str | Path] = [*recipe.sources, *recipe_files(adapters), *text]
