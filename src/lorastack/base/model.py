@@ -157,15 +157,25 @@ class BaseModel:
         rename = said.rename or (lambda name: name)
         return replace(self, shapes=shapes, stored=stored, prefix=said.prefix, tied=said.tied, renaming=lambda: rename)
 
-    @property
-    def ties(self) -> Mapping[str, str]:
-        """`tied` for whoever writes one of them: what the files do not show, transformers' own class tells.
+    def with_all_names(self) -> BaseModel:
+        """The base with every name that its class gives a tensor, for whoever writes one or compares whole models.
 
-        The classes that are listed tie nothing but ``lm_head`` and the embedding; BERT's ties a bias too, and calls its
-        head otherwise. Asking it takes a second.
+        Files tell the usual pair, an embedding and its ``lm_head``, which is all that the listed classes tie; BERT's
+        ties a bias too, and calls its head otherwise. Asking a class takes a second.
         """
-        known = self.architecture_name in BY_HF or self.config.get("tie_word_embeddings") is False
-        return self.tied if known or self.live is None else self.live.tied
+        if self.architecture_name in BY_HF or self.config.get("tie_word_embeddings") is False or self.live is None:
+            return self
+        guessed = self.tied.keys() - self.live.shapes.keys()
+        new = {name: of for name, of in self.live.tied.items() if of in self.stored and name not in self.shapes}
+        shapes = {name: shape for name, shape in self.shapes.items() if name not in guessed}
+        stored = {name: place for name, place in self.stored.items() if name not in guessed}
+        known = {name: of for name, of in self.tied.items() if name not in guessed}
+        return replace(
+            self,
+            shapes=shapes | {name: self.shapes[of] for name, of in new.items()},
+            stored=stored | {name: self.stored[of] for name, of in new.items()},
+            tied=known | new,
+        )
 
     @property
     def _asked(self) -> Mapping[str, tuple[int, ...]]:

@@ -52,6 +52,16 @@ class Change:
     added: list[tuple[float, Factor]] = field(default_factory=list)
     dense: list[tuple[float, Factor | Kronecker]] = field(default_factory=list)
 
+    @property
+    def adds(self) -> bool:
+        """Whether anything is added."""
+        return bool(self.terms or self.added or self.dense)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing happens."""
+        return not self.adds and self.replaced is None and self.tokens is None
+
 
 def changes_of(entries: Sequence[Entry], base: BaseModel) -> dict[str, Change]:
     """Weight -> what the adapters, which fit the base (see `fitted`), do to it; those at scale 0 do nothing.
@@ -170,9 +180,8 @@ def is_saved(base: BaseModel, weight: str) -> bool:
 
 
 def _second_names(base: BaseModel, weight: str) -> list[str]:
-    ties = base.ties
-    root = ties.get(weight, weight)
-    return [name for name in (root, *(n for n, of in ties.items() if of == root)) if name != weight]
+    root = base.tied.get(weight, weight)
+    return [name for name in (root, *(n for n, of in base.tied.items() if of == root)) if name != weight]
 
 
 def _of_text(base: BaseModel) -> Mapping[str, object]:
