@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import math
-import re
 from itertools import combinations
 from typing import NamedTuple
 
 from lorastack.algebra.compare import MATTERS
 from lorastack.algebra.measure import AdapterMeasure
 from lorastack.algebra.pairs import independent_pileup
+from lorastack.hub import told
 from lorastack.inspect import Inspection
 from lorastack.report import curves, heat, words
 from lorastack.report.figures import Drawing
@@ -147,8 +147,7 @@ def _row(one: Inspection, measured: AdapterMeasure, with_base: bool, searched: b
 
 def _base(one: Inspection) -> str:
     """What an adapter says it was trained on; of a folder only its name."""
-    named = one.base or one.architecture or "not said"
-    return re.split(r"[/\\]", named)[-1] if re.match(r"/|\\.|[A-Za-z]:", named) else named
+    return told(one.base) if one.base else one.architecture or "not said"
 
 
 def _places(found: Findings) -> str:
