@@ -102,9 +102,13 @@ def _lines(traces: Sequence[Any], layout: Any) -> tuple[list[str], float]:
     log = layout.yaxis.type == "log"
     xs, ys = [float(x) for one in traces for x in one.x], [float(y) for one in traces for y in one.y]
     ticks = _ticks(layout.yaxis) or [(at, _number(at, layout.yaxis.tickformat)) for at in _round_steps(max(ys))]
-    shown = [y for y in (*ys, *(at for at, _ in ticks)) if y > 0 or not log]
-    low, high = (math.log10(min(shown)), math.log10(max(shown))) if log and shown else (0.0, max(shown, default=1.0))
-    left = 2 * _GAP + _LETTER * max([len(text) for _, text in ticks], default=1)
+    if log:  # of decades that are whole, most may lie beside
+        known = [math.log10(y) for y in ys if y > 0]
+        low, high = min(known, default=0.0) - 0.1, max(known, default=0.0) + 0.1
+        ticks = [(at, text) for at, text in ticks if low <= math.log10(at) <= high]
+    else:
+        low, high = 0.0, max([*ys, *(at for at, _ in ticks)])
+    left = 2.5 * _GAP + _LETTER * max([len(text) for _, text in ticks], default=1)
     frame = _Frame(left, _TOP + 8, _WIDTH - left - 24, 220)
     first, last = layout.xaxis.range or (min(xs), max(xs))
 
