@@ -168,7 +168,7 @@ def test_hostile_names_are_text_in_tables_and_pictures(tmp_path: Path) -> None:
         root = ElementTree.parse(path).getroot()
         kinds = {element.tag.removeprefix(SVG) for element in root.iter()}
         assert kinds <= {"svg", "title", "desc", "style", "rect", "text", "path", "circle"}
-        assert {key for element in root.iter() for key in element.keys()} <= {
+        assert {key for element in root.iter() for key in element.attrib} <= {
             *"viewBox width height role class x y rx text-anchor d cx cy r stroke-dasharray".split()}  # fmt: skip
         assert "url(" not in path.read_text()
         assert "http" not in path.read_text().replace("http://www.w3.org/2000/svg", "").replace("http://x.invalid", "")

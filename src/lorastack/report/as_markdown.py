@@ -48,7 +48,7 @@ def _sections(found: Findings) -> list[tuple[str, Table | None, str]]:
     several = len(found.adapters) > 1
     there = cancelling(found)
     worst = f"The {MOST} worst of {len(there)}." if len(there) > MOST else ""
-    parts = [
+    return [
         ("The adapters", tables.adapters(found), ""),
         ("Where they change the model", None, ""),
         ("Spectra", None, ""),
@@ -56,7 +56,6 @@ def _sections(found: Findings) -> list[tuple[str, Table | None, str]]:
         ("Where they conflict", tables.conflicts(found) if there else None, worst),
         ("What a bake would lose", tables.bakes(found), ""),
     ]
-    return parts
 
 
 def _pictured(pictures: Sequence[Picture]) -> list[str]:
