@@ -112,6 +112,34 @@ def test_every_command_that_writes_a_folder_writes_a_card(
         shutil.rmtree("out")
 
 
+def test_without_the_recipe_no_byte_of_a_file_says_where_anything_is(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    luna, base = str(demo / "luna"), str(demo / "base")
+    merge(base, LoraStack([(load(luna), 1.0)]), tmp_path / "tuned")
+    for words in (
+        ["bake", luna, f"{demo}/excited.gguf", "--base", base, "-o", "out"],
+        ["bake", luna, f"{demo}/excited.gguf", "--base", base, "-o", "out.gguf"],
+        ["convert", luna, "out", "--to", "mlx"],
+        ["resize", luna, "--rank", "2", "-o", "out"],
+        ["extract", str(tmp_path / "tuned"), base, "--rank", "2", "-o", "out"],
+    ):
+        for more, there in ([], True), (["--no-recipe", "--force"], False):
+            monkeypatch.setattr("sys.argv", ["lorastack", *words, *more])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            assert not ended.value.code, words
+            out = Path(words[-1] if words[0] != "convert" else "out")
+            files = sorted(out.iterdir()) if out.is_dir() else [out]
+            held = b"".join(file.read_bytes() for file in files)
+            assert (b"lorastack.recipe" in held) is there, words
+            assert (str(demo).encode() in held) is there, words
+            assert there or str(tmp_path).encode() not in held, words
+            assert there or b"recipe" not in held
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+
+
 def test_a_folder_of_diffusers_has_a_card(tmp_path: Path) -> None:
     pair = (np.ones((2, 6), np.float32), np.ones((5, 2), np.float32))
     one = LoadedLora.from_tensors({"unet.mid_block.attentions.0.proj_in.weight": pair}, name="ink", naming="hf")

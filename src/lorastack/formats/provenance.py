@@ -71,7 +71,7 @@ class Provenance:
         text = tomli_w.dumps(said)
         if not is_text(text):
             names = ", ".join(shown(one.source) for one in self.ingredients)
-            way = ways("rename what is not", Way("pass recipe=False", None))
+            way = ways("rename what is not", Way("pass recipe=False", "pass --no-recipe"))
             raise FormatError(f"the recipe names {names}, but only texts that UTF-8 holds can be kept{way}")
         return text
 
