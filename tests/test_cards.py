@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from lorastack import LoadedLora, LoraStack, load, merge, save
+from lorastack import LoadedLora, LoraStack, convert_names, load, merge, save
 from lorastack.algebra.bake import with_coefficient
 from lorastack.cli import main
 from lorastack.errors import ArgumentError
@@ -67,7 +67,7 @@ def test_a_card_says_the_mixture_the_settings_and_the_error(demo: Path, tmp_path
     assert rows_of(text) == [["adapter", "scale"], ["luna", "0.7"], ["robot", "-0.3"]]
     assert "A LoRA adapter of rank 4 for 28 weights of lorastack-demo-base." in text
     assert "Settings: method svd, rank 4." in text
-    assert f"The norm of what it lacks is {off(baked, stack):.3g} of the norm of the whole; at worst" in text
+    assert f"The norm of what was cut off is {off(baked, stack):.3g} of the norm of the whole; at worst" in text
     worst = max(baked.made["errors"], key=baked.made["errors"].__getitem__)
     assert f"{baked.made['errors'][worst]:.3g}, at {worst}." in text
     assert ModelCard.load(folder / "README.md").data.to_dict() == {
@@ -75,7 +75,7 @@ def test_a_card_says_the_mixture_the_settings_and_the_error(demo: Path, tmp_path
     twice = save(with_coefficient(baked, 2.0), tmp_path / "twice")
     assert "coefficient 2" in (twice / "README.md").read_text()
     exact = save(stack.bake(name="exact"), tmp_path / "exact")
-    assert "Nothing was cut: it has the ranks of all side by side." in (exact / "README.md").read_text()
+    assert "Nothing was cut off: its ranks are those of all, side by side." in (exact / "README.md").read_text()
 
 
 def test_its_code_loads_the_folder(demo: Path, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_every_command_that_writes_a_folder_writes_a_card(
         (["bake", f"{luna}:0.7", f"{demo}/excited.gguf", "--base", base, "-o", "out"], "peft", "| excited | 1 | names"),
         (["convert", f"{demo}/excited.gguf", "out", "--base", base, "--to", "peft"], "peft", "It is this one"),
         (["convert", luna, "out", "--to", "mlx"], "mlx", "adapter_path="),
-        (["resize", luna, "--rank", "2", "-o", "out"], "peft", "The norm of what it lacks is"),
+        (["resize", luna, "--rank", "2", "-o", "out"], "peft", "The norm of what was cut off is"),
         (["merge", base, luna, "-o", "out"], None, "# A merge into base"),
     ):
         monkeypatch.setattr("sys.argv", ["lorastack", *words])
@@ -192,6 +192,14 @@ def test_force_replaces_a_card_that_nobody_changed(demo: Path, tmp_path: Path) -
     assert load(save(luna, folder, force=True)).name == "out"
 
 
+def test_a_merge_says_what_was_cut_before(demo: Path, tmp_path: Path) -> None:
+    stack = LoraStack([(load(demo / "luna"), 0.7), (load(demo / "robot"), 0.3)])
+    merge(demo / "base", stack, tmp_path / "out", method="svd", rank=3)
+    text = (tmp_path / "out/README.md").read_text()
+    assert "Settings: rounding nearest, method svd, rank 3." in text
+    assert f"The norm of what was cut off is {off(stack.bake(rank=3), stack):.3g} of the norm of the whole" in text
+
+
 def test_force_keeps_a_merges_card_with_words_of_somebody_else(demo: Path, tmp_path: Path) -> None:
     stack = LoraStack([(load(demo / "luna"), 1.0)])
     merge(demo / "base", stack, tmp_path / "out")
@@ -227,7 +235,8 @@ def test_the_base_is_what_the_adapter_says_unless_it_is_a_path(
 
 
 def test_of_several_the_base_is_what_they_agree_on(demo: Path, tmp_path: Path) -> None:
-    words = {"a": "acme/base", "b": "acme/base", "path": "/models/base", "other": "acme/other", "silent": ""}
+    words = {"a": "acme/base", "b": "acme/base", "path": "/models/base", "other": "acme/other", "silent": "",
+             "place": "/models/other", "stored": "unsloth/base-bnb-4bit"}  # fmt: skip
     loras = {name: load(saying(demo / "luna", tmp_path / name, said)) for name, said in words.items()}
 
     def told(names: str, base: Path | None = None) -> str | None:
@@ -236,10 +245,17 @@ def test_of_several_the_base_is_what_they_agree_on(demo: Path, tmp_path: Path) -
         return config_of(out).get("base_model_name_or_path")
 
     assert told("a b") == told("a silent") == told("a path") == told("a", demo / "base") == "acme/base"
-    assert told("a other") is None
+    assert told("a other") is told("a place") is told("a stored") is None
     assert told("path path", demo / "base") is None
     assert told("silent", demo / "base") is None
     assert told("a other", demo / "base") is None
+
+
+def test_an_adapter_whose_names_were_converted_still_says_its_base(demo: Path, tmp_path: Path) -> None:
+    lora = load(saying(demo / "luna", tmp_path / "luna", "acme/base"))
+    there = convert_names(lora, str(demo / "base"), "gguf")
+    out = save(convert_names(there, str(demo / "base"), "hf"), tmp_path / "out")
+    assert config_of(out)["base_model_name_or_path"] == "acme/base"
 
 
 def test_a_merge_into_a_base_of_the_hub_names_it(demo: Path, tmp_path: Path) -> None:

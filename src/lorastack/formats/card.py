@@ -62,7 +62,7 @@ def adapter_card(lora: LoadedLora, library: str, recipe: bool, place: str = "pat
         f"A LoRA adapter of rank {rank} for {weights}" + (f" of {base}." if base else "."),
         *_made_of(lora),
         *settings(lora.made),
-        *_lost(lora),
+        *lost(lora.made),
         "",
         "## Use",
         "",
@@ -95,6 +95,17 @@ def settings(made: Mapping[str, Any]) -> list[str]:
     return ["", f"Settings: {', '.join(said)}."] if said else []
 
 
+def lost(made: Mapping[str, Any]) -> list[str]:
+    """What was cut off, as the lines of a paragraph; none where nothing was."""
+    if "error" not in made:
+        return []
+    said = f"The norm of what was cut off is {made['error']:.3g} of the norm of the whole"
+    if each := made.get("errors"):
+        worst = max(each, key=each.__getitem__)
+        said += f"; at worst {each[worst]:.3g}, at {in_a_cell(worst)}"
+    return ["", f"{said}."]
+
+
 def _written(value: object) -> str:
     """A setting: of lists, those of numbers only."""
     if isinstance(value, (list, tuple)):
@@ -115,18 +126,9 @@ def _made_of(lora: LoadedLora) -> list[str]:
     if not lora.origin and lora.source is None:
         return []
     said = "It is the sum of these, baked" if len(parts) > 1 else "It is this one, written"
-    return ["", f"{said} with LoraStack:", "", *ingredients(parts)]
-
-
-def _lost(lora: LoadedLora) -> list[str]:
-    if "error" not in lora.made:
-        return ["", "Nothing was cut: it has the ranks of all side by side."] if len(lora.origin) > 1 else []
-    error, each = lora.made["error"], lora.made.get("errors", {})
-    said = f"The norm of what it lacks is {error:.3g} of the norm of the whole"
-    if each:
-        worst = max(each, key=each.__getitem__)
-        said += f"; at worst {each[worst]:.3g}, at {in_a_cell(worst)}"
-    return ["", f"{said}."]
+    beside = ["", "Nothing was cut off: its ranks are those of all, side by side."]
+    whole = len(lora.origin) > 1 and "error" not in lora.made
+    return ["", f"{said} with LoraStack:", "", *ingredients(parts), *(beside if whole else [])]
 
 
 def _use(lora: LoadedLora, library: str, base: str | None, place: str) -> list[str]:

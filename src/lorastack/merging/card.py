@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lorastack.files import MERGE_RECIPE
-from lorastack.formats.card import front_matter, ingredients, settings
+from lorastack.formats.card import front_matter, ingredients, lost, settings
 from lorastack.formats.provenance import Provenance
 from lorastack.hub import hub_id, told
 from lorastack.markdown import in_a_cell, table
@@ -26,6 +26,7 @@ def card(provenance: Provenance, survivals: Sequence[Survival], base: str) -> st
         "",
         *ingredients(provenance.ingredients),
         *settings(provenance.made),
+        *lost(provenance.made),
     ]
     if survivals:
         lines += ["", "Of each weight's update, once rounded to the type it is stored in:", ""]
