@@ -54,7 +54,7 @@ def report(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write about adapters and their sum: norms, spectra, similarity, conflicts, what a bake would lose.
+    """Write a report about adapters and their sum: norms, spectra, similarity, conflicts, what a bake would lose.
 
     The page works without a network, in light and dark, on a phone and on paper. It and pictures need plotly:
     `pip install 'lorastack[report]'`; Markdown, for a card or a pull request, does not.
