@@ -18,7 +18,7 @@ from lorastack.report.figures import COLOURS, Drawing, label
 
 _WIDTH, _TOP = 640, 34
 #: A letter's width where nobody can measure it, a line's height, and room around.
-_LETTER, _LINE, _GAP = 6.6, 18, 8
+_LETTER, _LINE, _GAP = 7.4, 18, 8
 #: Colours of a scale.
 _STEPS = 64
 _FONT = "12px system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
@@ -102,10 +102,12 @@ def _lines(traces: Sequence[Any], layout: Any) -> tuple[list[str], float]:
     log = layout.yaxis.type == "log"
     xs, ys = [float(x) for one in traces for x in one.x], [float(y) for one in traces for y in one.y]
     ticks = _ticks(layout.yaxis) or [(at, _number(at, layout.yaxis.tickformat)) for at in _round_steps(max(ys))]
-    if log:  # of decades that are whole, most may lie beside
-        known = [math.log10(y) for y in ys if y > 0]
-        low, high = min(known, default=0.0) - 0.1, max(known, default=0.0) + 0.1
-        ticks = [(at, text) for at, text in ticks if low <= math.log10(at) <= high]
+    if log:  # decades are whole, and most of one may lie beside: from the mark below to the mark above
+        known = [y for y in ys if y > 0]
+        bottom = max(at for at, _ in ticks if at <= min(known) * (1 + 1e-9))
+        top = min(at for at, _ in ticks if at >= max(known) * (1 - 1e-9))
+        ticks = [(at, text) for at, text in ticks if bottom <= at <= top]
+        low, high = math.log10(bottom), math.log10(top)
     else:
         low, high = 0.0, max([*ys, *(at for at, _ in ticks)])
     left = 2.5 * _GAP + _LETTER * max([len(text) for _, text in ticks], default=1)
