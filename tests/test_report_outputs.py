@@ -23,6 +23,7 @@ from lorastack.report import report
 from lorastack.report.colours import DARK, INKS, LIGHT, ink_on, mixed
 from lorastack.report.outputs import Outputs, write
 from lorastack.report.words import cosine, number, percent
+from tests.browser import words
 from tests.updates import SHAPES, adapter, dense, linear, update
 
 HOSTILE = "a|b\n# c <script>alert(1)</script>\"'&]]><!-- --> `x` [l](http://x.invalid) \x00\x1b[2J\ufffe \\| *y*"
@@ -264,3 +265,36 @@ def test_text_stands_out_from_paper_and_cells() -> None:
             for step in range(64):
                 colour = mixed(scale, step / 63)
                 assert contrast(ink_on(colour), colour) == max(contrast(ink, colour) for ink in INKS) > 4.5
+
+
+def test_in_a_browser_every_text_lies_in_its_picture_and_follows_the_scheme(tmp_path: Path) -> None:
+    start = words(tmp_path / "profile")
+    rng = np.random.default_rng(2)
+    weights = [f"model.layers.{n}.{m}.weight" for n in range(30) for m in ("self_attn.q_proj", "a_module_of_long_name")]
+    loras = [adapter(name, **{w: linear(rng, 9, 8, 3) for w in [*weights, "model.embed_tokens.weight"]})
+             for name in ("Long-Names-of-Models_" * 3, "short", "a name with spaces & more " * 3)]  # fmt: skip
+    write(LoraStack([(one, 1.0) for one in loras]), Outputs(svg=tmp_path / "p"))
+    pictures = "".join(path.read_text() for path in sorted((tmp_path / "p").iterdir()))
+    script = """<script>
+const out = [];
+for (const svg of document.querySelectorAll("svg")) {
+  const [, , width, height] = svg.getAttribute("viewBox").split(" ").map(Number);
+  for (const text of svg.querySelectorAll("text")) {
+    const box = text.getBBox();
+    const within = box.x >= 0 && box.y >= 0 && box.x + box.width <= width && box.y + box.height <= height;
+    if (!within) out.push(text.textContent);
+  }
+}
+document.body.dataset.found = JSON.stringify([out, document.querySelectorAll("text").length,
+  getComputedStyle(document.querySelector("text")).fill]);
+</script>"""
+    page = tmp_path / "page.html"
+    page.write_text(f'<!DOCTYPE html><meta charset="utf-8">{pictures}{script}')
+    for scheme, more in ((LIGHT, []), (DARK, ["--blink-settings=preferredColorScheme=0"])):
+        run = [*start, *more, "--dump-dom", page.as_uri()]
+        done = subprocess.run(run, capture_output=True, text=True, check=True, timeout=120)
+        (found,) = re.findall('data-found="(.*?)"', done.stdout)
+        outside, count, ink = json.loads(html.unescape(found))
+        assert outside == []
+        assert count > 150
+        assert ink == "rgb({}, {}, {})".format(*(int(scheme.ink[at : at + 2], 16) for at in (1, 3, 5)))

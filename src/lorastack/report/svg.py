@@ -46,7 +46,7 @@ def svg(title: str, drawing: Drawing) -> str:
         f'height="{height:g}" role="img">\n<title>{_xml(title)}</title>\n<desc>{_xml(drawing.said)}</desc>\n'
         f"<style>\n{_styles(body)}</style>\n"
         f'<rect class="paper" width="{_WIDTH}" height="{height:g}" rx="8"/>\n'
-        f"{_text(_GAP + 4, 22, label(title, 84), 'start', 'head')}\n{body}\n</svg>\n"
+        f"{_text(_GAP + 4, 22, label(title, 68), 'start', 'head')}\n{body}\n</svg>\n"
     )
 
 
