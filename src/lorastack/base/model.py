@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorastack.base.architectures import Architecture, architecture_of
+from lorastack.base.architectures import BY_HF, Architecture, architecture_of
 from lorastack.base.foreign import ForeignNames
 from lorastack.base.parts import in_pipeline, in_text_encoder
 from lorastack.base.spelling import TEXT_PARTS, other_spellings
@@ -156,6 +156,16 @@ class BaseModel:
         shapes = {name: () if self.quantised and name not in stored else shape for name, shape in said.shapes.items()}
         rename = said.rename or (lambda name: name)
         return replace(self, shapes=shapes, stored=stored, prefix=said.prefix, tied=said.tied, renaming=lambda: rename)
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """`tied` for whoever writes one of them: what the files do not show, transformers' own class tells.
+
+        The classes that are listed tie nothing but ``lm_head`` and the embedding; BERT's ties a bias too, and calls its
+        head otherwise. Asking it takes a second.
+        """
+        known = self.architecture_name in BY_HF or self.config.get("tie_word_embeddings") is False
+        return self.tied if known or self.live is None else self.live.tied
 
     @property
     def _asked(self) -> Mapping[str, tuple[int, ...]]:

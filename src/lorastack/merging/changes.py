@@ -41,14 +41,14 @@ class Tokens(NamedTuple):
 
 @dataclass
 class Change:
-    """All that happens to one weight: what it starts from, what is added in order, which rows are put in at the end.
+    """All that happens to one weight: what it starts from, which rows are put in, what is added in order.
 
     ``added`` are biases with their multipliers, where the weight is itself a bias; ``dense`` are updates of full rank.
     """
 
-    terms: list[Term] = field(default_factory=list)
     replaced: Factor | None = None
     tokens: Tokens | None = None
+    terms: list[Term] = field(default_factory=list)
     added: list[tuple[float, Factor]] = field(default_factory=list)
     dense: list[tuple[float, Factor | Kronecker]] = field(default_factory=list)
 
@@ -170,8 +170,9 @@ def is_saved(base: BaseModel, weight: str) -> bool:
 
 
 def _second_names(base: BaseModel, weight: str) -> list[str]:
-    root = base.tied.get(weight, weight)
-    return [name for name in (root, *(n for n, of in base.tied.items() if of == root)) if name != weight]
+    ties = base.ties
+    root = ties.get(weight, weight)
+    return [name for name in (root, *(n for n, of in ties.items() if of == root)) if name != weight]
 
 
 def _of_text(base: BaseModel) -> Mapping[str, object]:
