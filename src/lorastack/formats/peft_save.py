@@ -23,14 +23,16 @@ from lorastack.formats.peft_files import WEIGHTS
 from lorastack.formats.peft_keys import PREFIX
 from lorastack.formats.peft_parameters import inner_to_outer
 from lorastack.formats.safetensors_save import Entry, kept, write_safetensors
-from lorastack.ways import BASE, CONVERT, drop_extras, ways
+from lorastack.formats.said_base import BASE, base_of
+from lorastack.ways import BASE as GIVE_BASE
+from lorastack.ways import CONVERT, drop_extras, ways
 
 #: Extras that PEFT has no place for.
 _NOT_HELD = ("norm", "lokr", "diff", "diff_b")
 #: The version of PEFT that reads factors of experts as they are written here.
 _LAYOUT = "0.19.0"
 #: Fields that say what the adapter is for, which views and bakes leave true.
-_KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out")
+_KEPT = ("revision", "task_type", "auto_mapping", "fan_in_fan_out")
 
 
 def save_peft(
@@ -69,7 +71,7 @@ def _check(lora: LoadedLora) -> None:
         problems.add("it has no weights")
     for name, delta in lora.adapters.items():
         if delta.kind == "stored" and delta.num_experts:
-            problems.add(f"weight {name}: which way round its experts are, only the base tells{ways(BASE)}")
+            problems.add(f"weight {name}: which way round its experts are, only the base tells{ways(GIVE_BASE)}")
         if not _is_parameter(delta) and lora.naming != "kohya" and not name.endswith(".weight"):
             problems.add(f"weight {name}: its name does not end with .weight, which PEFT's modules have")
         if not is_text(name):
@@ -92,6 +94,10 @@ def _config(lora: LoadedLora) -> dict[str, Any]:
     rank = Counter(delta.rank for delta in looked_up.values()).most_common(1)[0][0]
     alpha, rslora, odd = scalings(looked_up)
     config: dict[str, Any] = {key: lora.metadata[key] for key in _KEPT if lora.metadata.get(key)}
+    if base := base_of(lora):
+        config[BASE] = base
+    else:
+        config.pop("revision", None)  # which is the base's
     config |= {
         "peft_type": "LORA",
         "r": rank,
