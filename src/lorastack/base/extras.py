@@ -38,7 +38,7 @@ def extras_at_places(lora: LoadedLora, base: BaseModel) -> Extras:
 def _settled(kind: str, values: Mapping[str, Any], base: BaseModel, problems: Problems) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():
-        own = base.own_name(name)
+        own = base.own_name(name) or (_beside_weight(name, base) if kind == "modules_to_save" else None)
         places = (Place(own),) if own else base.foreign.find(name) or (Place(name),)
         if not all(place.whole for place in places) and kind not in _BY_ROW:
             said = ", ".join(place.weight for place in places)
@@ -47,6 +47,13 @@ def _settled(kind: str, values: Mapping[str, Any], base: BaseModel, problems: Pr
         for place in places:
             found[place.weight] = _at(kind, value, place, base) if kind in _BY_ROW else value
     return found
+
+
+def _beside_weight(name: str, base: BaseModel) -> str | None:
+    """The base's name of a buffer, which a saved module has beside its weight and a live base does not list."""
+    module, _, part = name.rpartition(".")
+    own = base.own_name(f"{module}.weight")
+    return f"{own.rpartition('.')[0]}.{part}" if own else None
 
 
 def _at(kind: str, value: Factor, place: Place, base: BaseModel) -> Factor:

@@ -85,6 +85,8 @@ class BaseModel:
         Whether it is one .safetensors file, and no folder.
     use
         How a live model computes with a weight; of a base from files `roles.use_of` tells.
+    roles
+        What its class says of weights, where that was asked (`with_all_names`); of others `roles.role_of` guesses.
     """
 
     name: str
@@ -99,6 +101,7 @@ class BaseModel:
     parts: tuple[str, ...] = field(default=(), repr=False)
     single_file: bool = field(default=False, repr=False)
     use: Callable[[str], Use | None] | None = field(default=None, repr=False, compare=False)
+    roles: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def own_name(self, name: str) -> str | None:
         """The base's own name of the weight that an adapter calls ``name``; None when it has none.
@@ -155,27 +158,42 @@ class BaseModel:
         stored |= {name: stored[of] for name, of in said.tied.items() if of in stored}
         shapes = {name: () if self.quantised and name not in stored else shape for name, shape in said.shapes.items()}
         rename = said.rename or (lambda name: name)
-        return replace(self, shapes=shapes, stored=stored, prefix=said.prefix, tied=said.tied, renaming=lambda: rename)
+        return replace(
+            self,
+            shapes=shapes,
+            stored=stored,
+            prefix=said.prefix,
+            tied=said.tied,
+            renaming=lambda: rename,
+            roles=said.roles,
+        )
 
     def with_all_names(self) -> BaseModel:
-        """The base with every name that its class gives a tensor, for whoever writes one or compares whole models.
+        """The base with every name and role that its class gives a tensor, for whoever writes it or compares models.
 
         Files tell the usual pair, an embedding and its ``lm_head``, which is all that the listed classes tie; BERT's
         ties a bias too, and calls its head otherwise. Asking a class takes a second.
         """
-        if self.architecture_name in BY_HF or self.config.get("tie_word_embeddings") is False or self.live is None:
+        live = self.live if self.architecture_name not in BY_HF else None
+        if live is None:
             return self
-        guessed = self.tied.keys() - self.live.shapes.keys()
-        new = {name: of for name, of in self.live.tied.items() if of in self.stored and name not in self.shapes}
+        guessed = self.tied.keys() - live.shapes.keys()
         shapes = {name: shape for name, shape in self.shapes.items() if name not in guessed}
         stored = {name: place for name, place in self.stored.items() if name not in guessed}
-        known = {name: of for name, of in self.tied.items() if name not in guessed}
-        return replace(
-            self,
-            shapes=shapes | {name: self.shapes[of] for name, of in new.items()},
-            stored=stored | {name: self.stored[of] for name, of in new.items()},
-            tied=known | new,
-        )
+        tied = {name: of for name, of in self.tied.items() if name not in guessed}
+        for names in live.names_of_one():
+            for kept in [name for name in names if name in shapes and name not in tied][:1]:
+                for name in (name for name in names if name not in shapes):
+                    shapes[name], stored[name], tied[name] = shapes[kept], stored[kept], kept
+        rename = live._rename or (lambda name: name)
+        roles = {name: live.roles.get(own, "") for name in shapes if (own := rename(name)) in live.shapes}
+        unknown = {name: "unknown" for name in shapes if name not in roles or live.shapes[rename(name)] != shapes[name]}
+        return replace(self, shapes=shapes, stored=stored, tied=tied, roles=roles | unknown)
+
+    def names_of_one(self) -> list[list[str]]:
+        """The names of each tensor that has several."""
+        roots = dict.fromkeys(self.tied.values())
+        return [[root, *(name for name, of in self.tied.items() if of == root)] for root in roots]
 
     @property
     def _asked(self) -> Mapping[str, tuple[int, ...]]:

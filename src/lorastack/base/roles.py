@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 from lorastack.base.experts import fused
@@ -17,6 +18,8 @@ _EMBEDDING = re.compile(r"(?!\w*(proj|mapping))\w*embe?d\w*|wte|wpe|shared|relat
 _POSITIONS = "embed_positions"
 _HEADS = frozenset("lm_head embed_out proj_out output_projection output".split())
 _ROUTERS = ("gate", "router")
+#: What a class says -> the role.
+_SAID: Mapping[str, Role] = {"linear": "linear", "embedding": "embedding", "conv": "conv", "other": "other"}
 
 
 def role_of(base: BaseModel, name: str) -> Role:
@@ -26,9 +29,22 @@ def role_of(base: BaseModel, name: str) -> Role:
     >>> [role_of(base, name) for name in base.shapes]
     ['linear', 'embedding', 'other']
     """
+    said, guess = base.roles.get(name), _guessed(base, name)
+    if said == "unknown" or (said == "" and guess == "embedding"):  # a module of the class's own, called like one
+        return "other"
+    return _SAID.get(said or "", guess) if said != "linear" or guess != "head" else guess
+
+
+def is_unknown(base: BaseModel, name: str) -> bool:
+    """Whether the class of the base is known, and has no such weight: it makes its own of what files hold."""
+    return base.roles.get(name) == "unknown"
+
+
+def _guessed(base: BaseModel, name: str) -> Role:
+    """The same, by name and shape alone."""
     shape = base.shape_of(name) or ()
     module, _, parameter = name.rpartition(".")
-    if len(shape) == 3 and (fused(name) or (base.naming == "gguf" and "_exps" in module)):
+    if len(shape) == 3 and (fused(name) or (base.naming == "gguf" and "_exps" in module) or ".experts." in name):
         return "experts"
     if parameter != "weight" or 0 in shape:
         return "other"

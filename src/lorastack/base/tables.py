@@ -26,16 +26,26 @@ def renaming_of_model(model: Any) -> Rename | None:
         return None
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if not isinstance(one, WeightRenaming)]
-    return lambda name: rename_source_key(name, renamings, converters)[0]
+
+    def rename(name: str) -> str:
+        renamed, converted = rename_source_key(name, renamings, converters)
+        return name if converted else renamed  # what changes numbers too, or joins tensors, is no second name
+
+    return rename
 
 
 class LiveNames(NamedTuple):
-    """What a base's class calls its weights: shapes by name, second names of tied ones, prefix, renaming."""
+    """What a base's class calls its weights: shapes by name, second names of tied ones, prefix, renaming, roles.
+
+    ``roles`` are those of torch's own modules: ``linear``, ``embedding``, ``conv``, and ``other`` for embeddings that
+    do more than look up, and convolutions in groups, to which no low-rank update of their weight is added.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     tied: dict[str, str]
     prefix: str | None
     rename: Rename | None
+    roles: dict[str, str]
 
 
 def live_names(config: Mapping[str, Any]) -> LiveNames | None:
@@ -70,7 +80,22 @@ def live_names(config: Mapping[str, Any]) -> LiveNames | None:
         shapes[name] = tuple(weight.shape)
         if first.setdefault(id(weight), name) != name:
             tied[name] = first[id(weight)]
-    return LiveNames(shapes, tied, getattr(model, "base_model_prefix", None), renaming_of_model(model))
+    shapes |= {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in shapes}
+    roles = {f"{path}.weight": role for path, module in model.named_modules() if (role := _role(module))}
+    return LiveNames(shapes, tied, getattr(model, "base_model_prefix", None), renaming_of_model(model), roles)
+
+
+def _role(module: Any) -> str | None:
+    """What a module's weight is; None of one that is not torch's own, nor transformers' Conv1D."""
+    from torch import nn
+
+    if isinstance(module, nn.Embedding):
+        looks_up = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return "embedding" if looks_up else "other"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        plain = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+        return "conv" if module.groups == 1 and plain else "other"
+    return "linear" if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" else None
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from lorastack.base.model import BaseModel
 from lorastack.base.roles import Role, role_of
 from lorastack.core.delta import Kind
 from lorastack.errors import NamingError, Problems, UnsupportedError, shown
+from lorastack.formats.safetensors_file import FLOATS, SafetensorsFile
 
 #: How many weights of a wrong base are named.
 _NAMED = 10
@@ -61,7 +62,7 @@ def pairs_of(finetuned: BaseModel, base: BaseModel, embeddings: bool) -> Pairs:
         # A second name of one weight, which is compared under its first. A low-rank update has to be there for each
         # name, as live models keep an update apart from the weight.
         second = name in base.tied and name in finetuned.tied and not (embeddings and role in _MORE)
-        if name not in finetuned.shapes or second:
+        if name not in finetuned.shapes or second or is_counter(name, base, finetuned):
             continue
         own = finetuned.shapes[name]
         if own != shape:
@@ -76,6 +77,13 @@ def pairs_of(finetuned: BaseModel, base: BaseModel, embeddings: bool) -> Pairs:
     added = tuple(name for name in finetuned.shapes if name not in base.shapes)
     missing = tuple(name for name in base.shapes if name not in finetuned.shapes)
     return Pairs(low_rank, tuple(others), reshaped, added, missing)
+
+
+def is_counter(name: str, *models: BaseModel) -> bool:
+    """Whether it is a tensor of whole numbers, such as positions or a count of batches: nothing of it is trained."""
+    parts = [part for model in models for part in model.stored[name].parts]
+    kinds = {part.file.tensors[part.key][0] for part in parts if isinstance(part.file, SafetensorsFile)}
+    return bool(kinds) and not kinds & FLOATS
 
 
 def _refuse_strangers(finetuned: BaseModel, base: BaseModel) -> None:

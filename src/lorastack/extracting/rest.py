@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from lorastack.base.model import BaseModel
-from lorastack.base.roles import role_of
+from lorastack.base.roles import is_unknown, role_of
 from lorastack.core.factor import Factor
 from lorastack.errors import NonFiniteError
 from lorastack.extracting.difference import Difference
-from lorastack.extracting.pairs import Pairs
+from lorastack.extracting.pairs import Pairs, is_counter
 from lorastack.formats.safetensors_file import SafetensorsFile
 
 #: Weights that a module may have in another size: those with a row for each token.
@@ -85,7 +85,12 @@ def _as_bias(name: str, base: BaseModel) -> str | None:
 
 def _has_a_place(name: str, module: str, pairs: Pairs, targets: Sequence[str], base: BaseModel) -> bool:
     """Whether the module can be replaced: the base has it, in this size, and no update is in it."""
-    if not module or name not in base.shapes or (name in pairs.reshaped and role_of(base, name) not in _PER_TOKEN):
+    if (
+        not module
+        or name not in base.shapes
+        or is_unknown(base, name)
+        or (name in pairs.reshaped and role_of(base, name) not in _PER_TOKEN)
+    ):
         return False
     return not any(target == module or target.startswith(f"{module}.") for target in targets)
 
@@ -102,7 +107,7 @@ def _with_second_names(module: str, name: str, finetuned: BaseModel, base: BaseM
 
 def _whole(module: str, finetuned: BaseModel) -> Mapping[str, Factor]:
     """Every parameter that lies directly in the module."""
-    inside = [name for name in finetuned.stored if name.rpartition(".")[0] == module]
+    inside = [n for n in finetuned.stored if n.rpartition(".")[0] == module and not is_counter(n, finetuned)]
     return {name: _factor(finetuned, name) for name in inside}
 
 
