@@ -99,7 +99,7 @@ def loras_for(weights: dict[str, tuple[int, int]], count: int) -> list[LoadedLor
 
 def with_way(way: Way) -> None:
     """Every layer computes its rows so."""
-    LiveLayer._way = lambda self, total: way  # type: ignore[method-assign]
+    LiveLayer._way = lambda self: way  # type: ignore[method-assign]
 
 
 def mixtures_of(rows: int, adapters: int, per: int, shift: int = 0) -> list[dict[str, float]]:

@@ -33,7 +33,7 @@ RANKS = (1, 16, 17, 40)
 
 @pytest.fixture(autouse=True)
 def by_pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("lorastack.torch.layer.LiveLayer._way", lambda self, total: PAGES)
+    monkeypatch.setattr("lorastack.torch.layer.LiveLayer._way", lambda self: PAGES)
     with torch.no_grad():
         yield
 
@@ -104,7 +104,7 @@ def test_a_board_is_written_again_for_other_compositions_as_a_captured_graph_rea
     attached = handle._layers["0.weight"]
     plan = handle._plan([{}] * 6, None, 1)
     numbers = plan.made(handle._assembly.passes.version).numbers
-    pages, scaling = numbers.of_layer(attached.layout)
+    pages = numbers.of_layer(attached.layout)
     each = np.arange(6)
     board = None
     compositions: list[list[dict[str, float]]] = [
@@ -118,7 +118,7 @@ def test_a_board_is_written_again_for_other_compositions_as_a_captured_graph_rea
         board = board or Board.for_batch(wanted, each, numbers, x.device)
         board.write(wanted, each, numbers)
         y = (x @ model[0].weight.T + base).clone()
-        launch(y, x, attached.pool, board, pages, scaling)
+        launch(y, x, attached, board, pages)
         assert far(y.double(), expected(model, loras, x, mixtures)) < 1e-5
     assert board is not None
     assert board.rows.shape == (8 * TILE,)

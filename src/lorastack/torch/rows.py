@@ -15,7 +15,7 @@ from lorastack.torch.layout import sees_pictures
 from lorastack.torch.passes import Pass
 from lorastack.torch.plan import rows_of_layer
 from lorastack.torch.tiles import Layout, Tiles, Wanted, tiles_of
-from lorastack.torch.ways.board import Board, Numbers
+from lorastack.torch.ways.board import Board, Numbers, PageMap
 
 
 class Mixture:
@@ -70,7 +70,7 @@ class Mixture:
             new = tiles_of(layout, wanted, table)
             for name in ("scales", "mask", "by_entry"):
                 getattr(old, name).copy_(getattr(new, name))
-            self._tiles[key] = (layout, old._replace(runs=new.runs, pairs=new.pairs))
+            self._tiles[key] = (layout, old._replace(runs=new.runs, pairs=new.pairs, used=new.used))
 
     def tiles(self, layout: Layout) -> Tiles:
         """What the rows want where adapters lie so."""
@@ -83,11 +83,12 @@ class Mixture:
             self._numbers = Numbers.of([layout for layout, _ in self._tiles.values()])
         return self._numbers
 
-    def pages_of(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's own pages by the plan's numbers, and their scalings."""
+    def pages_of(self, layout: Layout) -> PageMap:
+        """A layer's own pages by the plan's numbers."""
         if layout.pages is None:
             layout.pages = self.numbers.of_layer(layout)
-        return layout.pages
+        pages: PageMap = layout.pages
+        return pages
 
     def board(self, running: Pass, tokens: int, device: torch.device) -> Board:
         """The tiles of a layer of so many tokens; written when the first such layer comes."""

@@ -6,9 +6,11 @@ Made on the host once for each composition and `Layout`, of which layers alike s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from lorastack.torch.pool import Span
 
 #: Entry -> its scale, in the order of the stack; for one row.
 Wanted = Sequence[tuple[int, float]]
@@ -25,6 +27,8 @@ class Layout:
         Entry -> the first rank, the ranks and the scaling; without the adapters that leave the layer alone.
     total
         Ranks of the factors, those between the spans included.
+    dtype, held
+        The type that rows are computed in, and that of the factors.
     """
 
     def __init__(
@@ -32,17 +36,18 @@ class Layout:
         spans: Mapping[int, tuple[int, int, float]],
         total: int,
         dtype: torch.dtype,
+        held: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.spans, self.total, self.dtype, self.device = spans, total, dtype, device
+        self.spans, self.total, self.dtype, self.held, self.device = spans, total, dtype, held, device
         owner, scaling = torch.zeros(total, dtype=torch.long), torch.zeros(total)
         for entry, (first, rank, own) in spans.items():
             owner[first : first + rank] = entry
             scaling[first : first + rank] = own  # and 0 for ranks that are nobody's
         self._owner, self._scaling = owner, scaling
         self._each: torch.Tensor | None = None
-        #: Of the page kernels: the layer's pages by the plan's numbers, and their scalings.
-        self.pages: tuple[torch.Tensor, torch.Tensor] | None = None
+        #: Of the page kernels: a layer's pages by the plan's numbers (`PageMap`).
+        self.pages: Any = None
 
     def scales(self, table: torch.Tensor) -> torch.Tensor:
         """``[rows, total]``: each row's multiplier of each rank, of a table ``[rows, adapters]``."""
@@ -74,6 +79,8 @@ class Tiles(NamedTuple):
     runs: list[Run]
     #: Adapter by adapter of each row.
     pairs: list[Pair]
+    #: The spans of ranks that any row wants, those that touch as one; empty where factors are read as they are held.
+    used: list[Span]
     #: ``[rows, total]``, and where it is not 0.
     scales: torch.Tensor
     mask: torch.Tensor
@@ -90,7 +97,18 @@ def tiles_of(layout: Layout, wanted: Sequence[Wanted], table: torch.Tensor) -> T
     ]
     pairs = [pair for mine in each for pair in mine]
     scales = layout.scales(table)
-    return Tiles(_runs(each, layout), pairs, scales, scales != 0, layout.by_entry(table))
+    used = _joined(pairs) if layout.dtype != layout.held else []
+    return Tiles(_runs(each, layout), pairs, used, scales, scales != 0, layout.by_entry(table))
+
+
+def _joined(pairs: Sequence[Pair]) -> list[Span]:
+    found: list[Span] = []
+    for first, rank in sorted({(pair[1], pair[2]) for pair in pairs}):
+        if found and sum(found[-1]) == first:
+            found[-1] = (found[-1][0], found[-1][1] + rank)
+        else:
+            found.append((first, rank))
+    return found
 
 
 def _runs(each: Sequence[Sequence[Pair]], layout: Layout) -> list[Run]:

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 
 from lorastack.torch.passes import Pass
-from lorastack.torch.pool import Pool
 from lorastack.torch.tiles import Layout
 
 
@@ -20,7 +19,8 @@ class Layer(Protocol):
     """What of a layer a way reads."""
 
     name: str
-    pool: Pool
+    a: torch.Tensor
+    b: torch.Tensor
     layout: Layout
 
 

@@ -23,6 +23,16 @@ TILE = 16
 _PAGES = 4
 
 
+class PageMap(NamedTuple):
+    """A layer's own page of each of the plan's, ``[pages]`` each: where its ranks begin, -1 where it has none, and how
+    many there are, int32; and the adapter's scaling, float32.
+    """
+
+    first: torch.Tensor
+    ranks: torch.Tensor
+    scaling: torch.Tensor
+
+
 class Numbers(NamedTuple):
     """The plan's page numbers: an adapter has as many as in the layer where it has the most ranks."""
 
@@ -42,14 +52,15 @@ class Numbers(NamedTuple):
             at += most[entry]
         return Numbers(first, most, at)
 
-    def of_layer(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's own page of each of the plan's, -1 where it has none, int32; and its scaling."""
-        pages, scaling = np.full(max(self.total, 1), -1, np.int32), np.zeros(max(self.total, 1), np.float32)
+    def of_layer(self, layout: Layout) -> PageMap:
+        """The pages of a layer where adapters lie so."""
+        many = max(self.total, 1)
+        first, ranks, scaling = np.full(many, -1, np.int32), np.zeros(many, np.int32), np.zeros(many, np.float32)
         for entry, (first_rank, rank, own) in layout.spans.items():
-            at, own_pages = self.first[entry], -(-rank // PAGE)
-            pages[at : at + own_pages] = np.arange(own_pages) + first_rank // PAGE
-            scaling[at : at + own_pages] = own
-        return torch.from_numpy(pages).to(layout.device), torch.from_numpy(scaling).to(layout.device)
+            begins = np.arange(0, rank, PAGE)
+            at = slice(self.first[entry], self.first[entry] + len(begins))
+            first[at], ranks[at], scaling[at] = first_rank + begins, np.minimum(rank - begins, PAGE), own
+        return PageMap(*(torch.from_numpy(array).to(layout.device) for array in (first, ranks, scaling)))
 
 
 class Board:

@@ -19,8 +19,7 @@ class Dense:
 
     def add(self, layer: Layer, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
         layout = layer.layout
-        a = layer.pool.ranks_a[: layout.total]
-        b = layer.pool.ranks_b[: layout.total]
+        a, b = layer.a.to(layout.dtype), layer.b.to(layout.dtype)
         x = x.to(a.dtype)
         h = running.mixture.masked(layout, running, F.linear(x, a), x, layer.name).reshape(-1, layout.total)
         if in_place and output.dtype == h.dtype:

@@ -12,6 +12,7 @@ import threading
 import torch
 
 from lorastack.torch.passes import Pass
+from lorastack.torch.pool import Span
 from lorastack.torch.rows import Mixture
 from lorastack.torch.tiles import Pair
 from lorastack.torch.ways import Layer
@@ -22,8 +23,8 @@ class Each:
 
     def add(self, layer: Layer, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
         mixture: Mixture = running.mixture
-        pool = layer.pool
-        a, b = pool.ranks_a, pool.ranks_b
+        used, dtype = mixture.tiles(layer.layout).used, layer.layout.dtype
+        a, b = _widened_ranks(layer.a, used, dtype, "a"), _widened_ranks(layer.b, used, dtype, "b")
         if mixture.index is None:
             mixture.check(running, x, layer.name)
         wide_x = _widened(x, a.dtype, "x")
@@ -87,12 +88,24 @@ _KEPT = _Kept()
 
 def _widened(t: torch.Tensor, dtype: torch.dtype, use: str) -> torch.Tensor:
     """``t`` in another type, in memory kept for that."""
+    return t if t.dtype == dtype else _kept(t.shape, dtype, use).copy_(t)
+
+
+def _widened_ranks(t: torch.Tensor, used: list[Span], dtype: torch.dtype, use: str) -> torch.Tensor:
+    """The ranks of ``t`` that are used, in another type and at their place; the others are anything."""
     if t.dtype == dtype:
         return t
-    kept = _KEPT.by_use.get(use)
-    if kept is None or kept.numel() < t.numel() or kept.dtype != dtype:
-        kept = _KEPT.by_use[use] = torch.empty(t.numel(), dtype=dtype)
-    return kept[: t.numel()].view(t.shape).copy_(t)
+    kept = _kept(t.shape, dtype, use)
+    for first, ranks in used:
+        kept.narrow(0, first, ranks).copy_(t.narrow(0, first, ranks))
+    return kept
+
+
+def _kept(shape: torch.Size, dtype: torch.dtype, use: str) -> torch.Tensor:
+    numbers, kept = shape.numel(), _KEPT.by_use.get(use)
+    if kept is None or kept.numel() < numbers or kept.dtype != dtype:
+        kept = _KEPT.by_use[use] = torch.empty(numbers, dtype=dtype)
+    return kept[:numbers].view(shape)
 
 
 EACH = Each()

@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def shrink(
-    x_ptr, a_ptr, part_ptr, rows_ptr, slot_tile, slot_page, page_map, n_slots, x_stride,
+    x_ptr, a_ptr, part_ptr, rows_ptr, slot_tile, slot_page, page_first, page_ranks, n_slots, x_stride,
     K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr,
 ):  # fmt: skip
     """``part[split, slot] [BM, R] = X[tile rows, K split] A[page, K split]^T`` in float32."""
@@ -22,8 +22,8 @@ def shrink(
     wanted = tl.load(slot_page + slot)
     if wanted < 0:
         return
-    page = tl.load(page_map + wanted)
-    if page < 0:
+    begin = tl.load(page_first + wanted)
+    if begin < 0:
         return
     tile = tl.load(slot_tile + slot)
     of_m = tl.arange(0, BM)
@@ -33,12 +33,13 @@ def shrink(
     live = rows >= 0
     first = split * KS
     acc = tl.full((BM, R), 0.0, tl.float32)
-    a_at = a_ptr + page.to(tl.int64) * R * K + of_r[:, None] * K
+    there = of_r < tl.load(page_ranks + wanted)
+    a_at = a_ptr + begin.to(tl.int64) * K + of_r[:, None] * K
     x_at = x_ptr + rows.to(tl.int64)[:, None] * x_stride
     for k in range(0, KS, BK):
         at = first + k + of_k
         inside = at < K
-        a = tl.load(a_at + at[None, :], mask=inside[None, :], other=0.0)
+        a = tl.load(a_at + at[None, :], mask=there[:, None] & inside[None, :], other=0.0)
         x = tl.load(x_at + at[None, :], mask=live[:, None] & inside[None, :], other=0.0)
         acc = tl.dot(x, tl.trans(a), acc, input_precision="ieee")
     out = part_ptr + ((split * n_slots + slot) * BM + of_m)[:, None] * R + of_r[None, :]
@@ -47,8 +48,8 @@ def shrink(
 
 @triton.jit
 def expand(
-    y_ptr, b_ptr, part_ptr, rows_ptr, tile_slot, tile_n, slot_page, page_map, page_scaling, scale_ptr, n_slots,
-    y_stride,
+    y_ptr, b_ptr, part_ptr, rows_ptr, tile_slot, tile_n, slot_page, page_first, page_ranks, page_scaling, scale_ptr,
+    n_slots, y_stride,
     N: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """``Y[tile rows] += sum over pages of where(S != 0, part * S, 0) B[page]``, added once."""
@@ -67,16 +68,17 @@ def expand(
     for j in range(count):
         slot = first + j
         wanted = tl.load(slot_page + slot)
-        page = tl.load(page_map + wanted)
-        if page >= 0:
+        begin = tl.load(page_first + wanted)
+        if begin >= 0:
             h = tl.full((BM, R), 0.0, tl.float32)
             for split in tl.static_range(SPLITS):
                 part = part_ptr + ((split * n_slots + slot) * BM + of_m)[:, None] * R + of_r[None, :]
                 h += tl.load(part, mask=live[:, None], other=0.0)
             scale = tl.load(scale_ptr + slot * BM + of_m, mask=live, other=0.0) * tl.load(page_scaling + wanted)
             h = tl.where(scale[:, None] != 0, h * scale[:, None], 0.0).to(b_ptr.dtype.element_ty)
-            b_at = b_ptr + page.to(tl.int64) * R * N + of_r[:, None] * N + of_n[None, :]
-            b = tl.load(b_at, mask=inside[None, :], other=0.0)
+            there = of_r < tl.load(page_ranks + wanted)
+            b_at = b_ptr + begin.to(tl.int64) * N + of_r[:, None] * N + of_n[None, :]
+            b = tl.load(b_at, mask=there[:, None] & inside[None, :], other=0.0)
             acc = tl.dot(h, b, acc, input_precision="ieee")
     y_at = y_ptr + rows.to(tl.int64)[:, None] * y_stride + of_n[None, :]
     here = live[:, None] & inside[None, :]

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
-from typing import Any
 
 import torch
 
 from lorastack.torch.passes import Pass
 from lorastack.torch.pool import PAGE
 from lorastack.torch.ways import Layer
-from lorastack.torch.ways.board import TILE, Board
+from lorastack.torch.ways.board import TILE, Board, PageMap
 
 #: Columns that a program of the shrink reads at a time, and of the expand writes.
 _BK, _BN = 128, 128
@@ -47,15 +46,12 @@ class Pages:
         if mixture.index is None:
             mixture.check(running, x, layer.name)
         board = mixture.board(running, tokens, layer.layout.device)
-        pages, scaling = mixture.pages_of(layer.layout)
         y = output if in_place else output.clone(memory_format=torch.contiguous_format)
-        launch(y.view(tokens, -1), x.reshape(tokens, -1).to(layer.pool.a.dtype), layer.pool, board, pages, scaling)
+        launch(y.view(tokens, -1), x.reshape(tokens, -1), layer, board, mixture.pages_of(layer.layout))
         return y
 
 
-def launch(
-    y: torch.Tensor, x: torch.Tensor, pool: Any, board: Board, pages: torch.Tensor, scaling: torch.Tensor
-) -> None:
+def launch(y: torch.Tensor, x: torch.Tensor, layer: Layer, board: Board, pages: PageMap) -> None:
     """``y [tokens, out]`` plus what the board's rows want of ``x [tokens, in]``."""
     from lorastack.torch.ways.kernels import expand, shrink
 
@@ -63,12 +59,13 @@ def launch(
     splits, length = splits_of(n_in)
     part = torch.empty(splits * board.slots * TILE * PAGE, dtype=torch.float32, device=x.device)
     shrink[(board.slots, splits)](
-        x, pool.a, part, board.rows, board.slot_tile, board.slot_page, pages, board.slots, x.stride(0),
-        K=n_in, R=PAGE, BM=TILE, BK=_BK, KS=length, num_warps=4, num_stages=3,
+        x, layer.a, part, board.rows, board.slot_tile, board.slot_page, pages.first, pages.ranks, board.slots,
+        x.stride(0), K=n_in, R=PAGE, BM=TILE, BK=_BK, KS=length, num_warps=4, num_stages=3,
     )  # fmt: skip
     expand[(board.tiles, -(-n_out // _BN))](
-        y, pool.b, part, board.rows, board.tile_slot, board.tile_n, board.slot_page, pages, scaling, board.scales,
-        board.slots, y.stride(0), N=n_out, R=PAGE, BM=TILE, BN=_BN, SPLITS=splits, num_warps=2, num_stages=2,
+        y, layer.b, part, board.rows, board.tile_slot, board.tile_n, board.slot_page, pages.first, pages.ranks,
+        pages.scaling, board.scales, board.slots, y.stride(0),
+        N=n_out, R=PAGE, BM=TILE, BN=_BN, SPLITS=splits, num_warps=2, num_stages=2,
     )  # fmt: skip
 
 
