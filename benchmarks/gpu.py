@@ -27,8 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from lorastack import LoadedLora, LoraStack  # noqa: E402
 from lorastack.torch import Handle, attach  # noqa: E402
-from lorastack.torch.layer import LiveLayer  # noqa: E402
-from lorastack.torch.ways import Way  # noqa: E402
+from lorastack.torch.ways import Way, choice  # noqa: E402
 from lorastack.torch.ways.dense import DENSE  # noqa: E402
 from lorastack.torch.ways.pages import PAGES  # noqa: E402
 
@@ -99,7 +98,7 @@ def loras_for(weights: dict[str, tuple[int, int]], count: int) -> list[LoadedLor
 
 def with_way(way: Way) -> None:
     """Every layer computes its rows so."""
-    LiveLayer._way = lambda self: way  # type: ignore[method-assign]
+    choice.own = lambda layer: way
 
 
 def mixtures_of(rows: int, adapters: int, per: int, shift: int = 0) -> list[dict[str, float]]:

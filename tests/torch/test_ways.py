@@ -65,7 +65,7 @@ mixture = st.dictionaries(
 def test_random_compositions_are_the_sum_in_float64(
     own: tuple[int, ...], ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorastack.torch.layer.DENSE_RANKS", ranks)
+    monkeypatch.setattr("lorastack.torch.ways.choice.DENSE_RANKS", ranks)
     model, handle, loras = one_layer(own)
 
     @settings(max_examples=60, deadline=None)
@@ -81,7 +81,7 @@ def test_random_compositions_are_the_sum_in_float64(
 
 @pytest.mark.parametrize("ranks", [0, 10**9])
 def test_random_packed_compositions_are_the_sum_in_float64(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorastack.torch.layer.DENSE_RANKS", ranks)
+    monkeypatch.setattr("lorastack.torch.ways.choice.DENSE_RANKS", ranks)
     model, handle, loras = one_layer()
 
     @settings(max_examples=40, deadline=None)
@@ -102,7 +102,7 @@ def test_random_packed_compositions_are_the_sum_in_float64(ranks: int, monkeypat
 def test_a_row_is_the_same_to_the_bit_whatever_its_neighbours(
     ranks: int, dtype: torch.dtype, tokens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorastack.torch.layer.DENSE_RANKS", ranks)
+    monkeypatch.setattr("lorastack.torch.ways.choice.DENSE_RANKS", ranks)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(96, 80)).to(dtype).eval()
     loras = [random_lora(n, rank, (80, 96)) for n, rank in enumerate((16, 16, 16, 5, 40))]
@@ -264,7 +264,7 @@ def test_twenty_compositions_and_nine_threads_compile_at_most_twice() -> None:
 
 @pytest.mark.parametrize("ranks", [0, 10**9])
 def test_a_plan_is_written_again_in_the_same_memory(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorastack.torch.layer.DENSE_RANKS", ranks)
+    monkeypatch.setattr("lorastack.torch.ways.choice.DENSE_RANKS", ranks)
     model, handle, loras = one_layer()
     x = torch.randn(3, N_IN)
     with handle.rows([{"a0": 1.0}, {}, {"a1": 1.0}]), torch.no_grad():

@@ -16,12 +16,14 @@ from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, Problems, UnknownNameError, UnsupportedError, did_you_mean
 from lorastack.torch.assembly import Assembly, Live, Report
 from lorastack.torch.experts import LiveParameter
+from lorastack.torch.layer import LiveLayer
 from lorastack.torch.layout import without_rows
 from lorastack.torch.parts import Parts, roots_of
 from lorastack.torch.plan import Plan, plan_of_context
 from lorastack.torch.rows import Mixture
 from lorastack.torch.schedule import Schedule
 from lorastack.torch.tiles import Wanted
+from lorastack.torch.ways import choice
 
 __all__ = ["ATTACHED", "Handle", "Report"]
 
@@ -217,6 +219,7 @@ class Handle:
         cu_seqlens: Sequence[int] | torch.Tensor | None = None,
         index: Sequence[int] | torch.Tensor | None = None,
         copies: int = 1,
+        way: str | None = None,
     ) -> Iterator[Handle]:
         """Inside this context row i of the batch has the adapters and scales of ``mixtures[i]``, and no others.
 
@@ -235,16 +238,24 @@ class Handle:
         copies
             How often each row stands in the batch, side by side; transformers' ``generate`` is asked for its beams and
             returned sequences.
+        way
+            How linear layers compute the rows. By itself that depends on the layer and on what is attached, and a row
+            is the same to the bit whatever adapters its neighbours have. ``"fast"`` takes what is faster for this
+            batch, and gives that up: a row may differ in its last bits beside other neighbours. ``"dense"``,
+            ``"each"`` and ``"pages"`` ask for one; a layer that cannot have it has its own. `Plan.ways` says what was
+            taken.
 
         Raises
         ------
         UnknownNameError
             Listing every name that is not attached.
+        ArgumentError
+            When no way is named so, listing those there are.
         ShapeError
             In a pass whose batch has another number of rows.
         UnsupportedError
-            Listing every adapter with biases of the base, saved modules, new tokens or experts, which have no row; and
-            on a pipeline, which makes rows of its own of the prompts.
+            Listing every adapter with biases of the base, saved modules, new tokens or experts, which have no row; on a
+            pipeline, which makes rows of its own of the prompts; and for ``way="pages"`` without what they need.
         """
         self._check_attached()
         if isinstance(self.model, Parts):
@@ -256,8 +267,10 @@ class Handle:
         self._wanted(mixtures)
         if copies < 1:
             raise ArgumentError(f"copies is {copies}; each row stands at least once")
+        choice.check_name(way)
+        choice.check_pages(way, self._mixed_layers())
         rows = _token_rows(cu_seqlens, index, len(mixtures))
-        with self._plan(mixtures, rows, copies):
+        with self._plan(mixtures, rows, copies, way):
             yield self
 
     def plain(self) -> Plan:
@@ -269,18 +282,34 @@ class Handle:
         """The plan that holds here: ``with plan:`` in another thread gives its passes the same rows."""
         return plan_of_context(self._assembly.passes.number) or self.plain()
 
-    def _plan(self, mixtures: Sequence[Mapping[str, float]] | None, index: torch.Tensor | None, copies: int) -> Plan:
+    def _plan(
+        self,
+        mixtures: Sequence[Mapping[str, float]] | None,
+        index: torch.Tensor | None,
+        copies: int,
+        way: str | None = None,
+    ) -> Plan:
         assembly = self._assembly
 
         def make(now: Sequence[Mapping[str, float]]) -> Mixture:
-            return Mixture(self._wanted(now), len(self.names), index, assembly.layouts())
+            layouts = assembly.layouts()
+            paged = {layer.layout: None for layer in self._mixed_layers() if choice.may_be_paged(layer, way)}
+            return Mixture(self._wanted(now), len(self.names), index, layouts, way, list(paged))
+
+        def ways(made: Mixture) -> dict[str, str]:
+            return {layer.name: made.taken.get(layer.name) or choice.said(layer) for layer in assembly.live_layers()}
 
         def write(made: Mixture, others: Sequence[Mapping[str, float]]) -> None:
             wanted = self._wanted(others)
             with assembly.passes.between("a plan is written"):
                 made.write(wanted)
 
-        return Plan(assembly.passes.number, assembly.passes.holders, mixtures, make, index, copies, write)
+        passes = assembly.passes
+        return Plan(passes.number, passes.holders, mixtures, make, index, copies, write, way, ways)
+
+    def _mixed_layers(self) -> list[LiveLayer]:
+        self._assembly.layouts()
+        return [layer for layer in self._assembly.live_layers() if layer.way is not None]
 
     def _wanted(self, mixtures: Sequence[Mapping[str, float]]) -> list[Wanted]:
         """The adapters of each row by position, in the order of the stack, without those at scale 0."""

@@ -15,19 +15,13 @@ from lorastack.torch.activation import mask
 from lorastack.torch.factors import Factors
 from lorastack.torch.passes import CURRENT, Pass, Passes, eager, not_pickled
 from lorastack.torch.places import Place
-from lorastack.torch.pool import PAGE
 from lorastack.torch.prepared import Slot
 from lorastack.torch.rows import product_type
 from lorastack.torch.tiles import Layout
-from lorastack.torch.ways import Way
-from lorastack.torch.ways.dense import DENSE
-from lorastack.torch.ways.each import EACH
-from lorastack.torch.ways.pages import PAGES, there_is_triton
+from lorastack.torch.ways import Way, choice
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-#: Up to so many ranks all rows share two products; beyond, on a CPU, each has its own.
-DENSE_RANKS = 2 * PAGE
 
 
 class LiveLayer(Factors):
@@ -50,6 +44,7 @@ class LiveLayer(Factors):
         #: By row: where adapters lie, and how it is computed; without a way, adapter after adapter.
         self.layout: Any = None
         self.way: Way | None = None
+        self.followers: list[LiveLayer] = []
 
     def __deepcopy__(self, memo: Any) -> LiveLayer:
         return self  # a copy of an attached model has what the model has, until it is detached
@@ -116,11 +111,8 @@ class LiveLayer(Factors):
         return self._biased(torch.addmm(flat, h, self.b).view(output.shape))
 
     def _by_row(self, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
-        way = self.way
-        if way in (EACH, PAGES) and (
-            torch.compiler.is_compiling() or (torch.is_grad_enabled() and output.requires_grad)
-        ):
-            way = None if self.in_order else DENSE
+        chosen = choice.of_compiled if torch.compiler.is_compiling() else choice.of_pass
+        way = chosen(self, running, x, output)
         if way is None:
             return self._one_by_one(x, output, F.linear, torch.matmul, running)
         added = way.add(self, running, x, output, in_place)
@@ -140,14 +132,8 @@ class LiveLayer(Factors):
         if key not in known:
             known[key] = Layout(spans, self.rank, dtype, self.dtype, device)
         self.layout = known[key]
-        self.way = self._way() if mixed else None
-
-    def _way(self) -> Way | None:
-        if self.a.device.type == "cpu" and (self.rank > DENSE_RANKS or self.in_order):
-            return EACH
-        if self.a.device.type == "cuda" and there_is_triton() and self.dtype.itemsize <= 4:
-            return PAGES
-        return None if self.in_order else DENSE
+        self.way = choice.own(self) if mixed else None
+        self.followers = []
 
     def _acting(self, running: Pass, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Adapter after adapter, each where it acts."""

@@ -15,7 +15,7 @@ from lorastack.torch.layout import sees_pictures
 from lorastack.torch.passes import Pass
 from lorastack.torch.plan import rows_of_layer
 from lorastack.torch.tiles import Layout, Tiles, Wanted, tiles_of
-from lorastack.torch.ways.board import Board, Numbers, PageMap
+from lorastack.torch.ways.board import Board, Numbers
 
 
 class Mixture:
@@ -30,20 +30,37 @@ class Mixture:
         that beams and returned sequences, which repeat rows, follow their row.
     layouts
         Those of the layers.
+    way
+        What was asked for; see `ways.choice`.
+    paged
+        The layouts of layers that may be computed by pages.
     """
 
     def __init__(
-        self, wanted: Sequence[Wanted], adapters: int, index: torch.Tensor | None, layouts: Iterable[Layout]
+        self,
+        wanted: Sequence[Wanted],
+        adapters: int,
+        index: torch.Tensor | None,
+        layouts: Iterable[Layout],
+        way: str | None = None,
+        paged: Sequence[Layout] = (),
     ) -> None:
-        self.index = index
+        self.index, self.way = index, way
+        #: Where a way was asked for: weight -> what it was computed in.
+        self.taken: dict[str, str] = {}
         self.rows = len(wanted)
         self.adapters = adapters
         self._wanted = wanted
         table = self._table(wanted)
         self._tiles = {id(layout): (layout, tiles_of(layout, wanted, table)) for layout in layouts}
-        #: Of the page kernels: the plan's page numbers, and a board for each shape of batch.
+        #: Of the page kernels: where they may be, the plan's page numbers, and the boards of each shape of batch.
+        self._paged = {layout.device: layout for layout in paged}
         self._numbers: Numbers | None = None
-        self._boards: dict[int, tuple[Board, np.ndarray]] = {}
+        self._boards: dict[tuple[int, str], tuple[Board, ...]] = {}
+        self._each: dict[tuple[int, str], np.ndarray] = {}
+        for layout in paged:
+            if layout.pages is None:
+                layout.pages = self.numbers.of_layer(layout)
         self._stretches: tuple[torch.Tensor, list[tuple[int, int, int]]] | None = None
 
     def _table(self, wanted: Sequence[Wanted]) -> torch.Tensor:
@@ -62,7 +79,11 @@ class Mixture:
         ArgumentError
             When a board has no room for them; nothing is changed then.
         """
-        ready = [(board, board.composed(wanted, each, self.numbers)) for board, each in self._boards.values()]
+        ready = [
+            (board, board.composed(wanted, self._each[key], self.numbers))
+            for key, boards in self._boards.items()
+            for board in boards
+        ]
         for board, host in ready:
             board.put(host)
         table, self._wanted = self._table(wanted), wanted
@@ -83,32 +104,35 @@ class Mixture:
             self._numbers = Numbers.of([layout for layout, _ in self._tiles.values()])
         return self._numbers
 
-    def pages_of(self, layout: Layout) -> PageMap:
-        """A layer's own pages by the plan's numbers."""
-        if layout.pages is None:
-            layout.pages = self.numbers.of_layer(layout)
-        pages: PageMap = layout.pages
-        return pages
-
-    def board(self, running: Pass, tokens: int, device: torch.device) -> Board:
-        """The tiles of a layer of so many tokens; written when the first such layer comes."""
+    def boards(self, running: Pass | None, tokens: int, layout: Layout) -> tuple[Board, ...]:
+        """The tiles of a layer of so many tokens, a board for each size; written when the first such layer comes."""
+        known = self._boards.get((tokens, layout.where))
+        if known is not None and (self.index is None or tokens == len(self.index)):
+            return known
         index = self.index_for(running, tokens)
-        known = self._boards.get(tokens) if index is self.index else None
-        if known is None:
-            spread = np.arange(self.rows).repeat(tokens // self.rows)
-            each = spread if index is None else index.cpu().numpy()
-            board = Board.for_batch(self._wanted, each, self.numbers, device)
-            board.write(self._wanted, each, self.numbers)
-            if index is self.index:
-                self._boards[tokens] = board, each
-            return board
-        return known[0]
+        each = np.arange(self.rows).repeat(tokens // self.rows) if index is None else index.cpu().numpy()
+        boards = Board.for_batch(self._wanted, each, self.numbers, layout.device)
+        if index is self.index:
+            self._each[tokens, layout.where] = each
+            self._boards[tokens, layout.where] = boards
+        return boards
 
-    def index_for(self, running: Pass, tokens: int) -> torch.Tensor | None:
+    def foresee(self, tokens: int) -> None:
+        """Write the boards of a pass of so many tokens where it begins: compiled code cannot."""
+        tokens = tokens if self.index is None else len(self.index)
+        for layout in self._paged.values():
+            if not self.foreseen(tokens, layout) and (self.index is not None or tokens % self.rows == 0):
+                self.boards(None, tokens, layout)
+
+    def foreseen(self, tokens: int, layout: Layout) -> bool:
+        """Whether the boards of such a layer are there."""
+        return (tokens, layout.where) in self._boards
+
+    def index_for(self, running: Pass | None, tokens: int) -> torch.Tensor | None:
         """Packed input: the row of each of a layer's tokens, all of them or those whose logits are asked for."""
         if self.index is None or self.index.shape[0] == tokens:
             return self.index
-        if running.logits is not None and running.logits.shape[0] == tokens:
+        if running is not None and running.logits is not None and running.logits.shape[0] == tokens:
             return running.logits
         raise ShapeError(f"a layer got {tokens} tokens, the packed rows index {self.index.shape[0]}")
 

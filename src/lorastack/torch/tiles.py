@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorastack.torch.pool import Span
+from lorastack.torch.pool import PAGE, Span
 
 #: Entry -> its scale, in the order of the stack; for one row.
 Wanted = Sequence[tuple[int, float]]
@@ -40,6 +40,8 @@ class Layout:
         device: torch.device,
     ) -> None:
         self.spans, self.total, self.dtype, self.held, self.device = spans, total, dtype, held, device
+        #: The device's name: what compiled code looks up is looked up by words and numbers.
+        self.where = str(device)
         owner, scaling = torch.zeros(total, dtype=torch.long), torch.zeros(total)
         for entry, (first, rank, own) in spans.items():
             owner[first : first + rank] = entry
@@ -48,6 +50,7 @@ class Layout:
         self._each: torch.Tensor | None = None
         #: Of the page kernels: a layer's pages by the plan's numbers (`PageMap`).
         self.pages: Any = None
+        self.pages_there = sum(-(-rank // PAGE) for _, rank, _ in spans.values())
 
     def scales(self, table: torch.Tensor) -> torch.Tensor:
         """``[rows, total]``: each row's multiplier of each rank, of a table ``[rows, adapters]``."""

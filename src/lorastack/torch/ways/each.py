@@ -1,8 +1,8 @@
-"""Each: every row is multiplied with its own adapters' pages where they lie, and meets no others. For CPUs.
+"""Each: every row is multiplied with its own adapters' factors where they lie, and meets no others. For CPUs.
 
 Nothing is copied or gathered. Rows that follow each other, and whose adapters lie at equal distances (each row the next
-adapter, or all the same), are one product of many matrices, which is a view of the pages. With several threads rows of
-several tokens are a product each: a thread's part of a matrix depends on how many there are.
+adapter, or all the same), are one product of many matrices, which is a view of the factors. With several threads rows
+of several tokens are a product each: a thread's part of a matrix depends on how many there are.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from lorastack.torch.ways import Layer
 
 class Each:
     """Products of each row's own."""
+
+    name = "each"
 
     def add(self, layer: Layer, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
         mixture: Mixture = running.mixture
@@ -88,24 +90,24 @@ _KEPT = _Kept()
 
 def _widened(t: torch.Tensor, dtype: torch.dtype, use: str) -> torch.Tensor:
     """``t`` in another type, in memory kept for that."""
-    return t if t.dtype == dtype else _kept(t.shape, dtype, use).copy_(t)
+    return t if t.dtype == dtype else _kept(t, dtype, use).copy_(t)
 
 
 def _widened_ranks(t: torch.Tensor, used: list[Span], dtype: torch.dtype, use: str) -> torch.Tensor:
     """The ranks of ``t`` that are used, in another type and at their place; the others are anything."""
     if t.dtype == dtype:
         return t
-    kept = _kept(t.shape, dtype, use)
+    kept = _kept(t, dtype, use)
     for first, ranks in used:
         kept.narrow(0, first, ranks).copy_(t.narrow(0, first, ranks))
     return kept
 
 
-def _kept(shape: torch.Size, dtype: torch.dtype, use: str) -> torch.Tensor:
-    numbers, kept = shape.numel(), _KEPT.by_use.get(use)
-    if kept is None or kept.numel() < numbers or kept.dtype != dtype:
-        kept = _KEPT.by_use[use] = torch.empty(numbers, dtype=dtype)
-    return kept[:numbers].view(shape)
+def _kept(like: torch.Tensor, dtype: torch.dtype, use: str) -> torch.Tensor:
+    numbers, kept = like.numel(), _KEPT.by_use.get(use)
+    if kept is None or kept.numel() < numbers or kept.dtype != dtype or kept.device != like.device:
+        kept = _KEPT.by_use[use] = torch.empty(numbers, dtype=dtype, device=like.device)
+    return kept[:numbers].view(like.shape)
 
 
 EACH = Each()
