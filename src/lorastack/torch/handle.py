@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
@@ -19,36 +19,17 @@ from lorastack.torch.experts import LiveParameter
 from lorastack.torch.layer import LiveLayer
 from lorastack.torch.layout import without_rows
 from lorastack.torch.parts import Parts, roots_of
-from lorastack.torch.plan import Plan, plan_of_context
+from lorastack.torch.plan import Plan, plan_of_context, token_rows
 from lorastack.torch.rows import Mixture
 from lorastack.torch.schedule import Schedule
 from lorastack.torch.tiles import Wanted
+from lorastack.torch.unused import Unused
 from lorastack.torch.ways import choice
 
 __all__ = ["ATTACHED", "Handle", "Report"]
 
 #: Models that have a stack, so that none gets a second one by mistake; a model that is dropped takes its handle along.
 ATTACHED: WeakKeyDictionary[nn.Module, ReferenceType[Handle]] = WeakKeyDictionary()
-
-
-class Unused(NamedTuple):
-    """Weights that no pass has come to."""
-
-    #: Of modules that their model did not call: a part that this input does not need, or one that has no effect at all.
-    modules: tuple[str, ...]
-    #: Of experts that no token was sent to.
-    experts: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.modules or self.experts)
-
-    def __str__(self) -> str:
-        said = []
-        if self.modules:
-            said.append(f"{len(self.modules)} weights had no effect, such as {self.modules[0]}: no pass came there")
-        if self.experts:
-            said.append(f"{len(self.experts)} weights are of experts that no token was sent to")
-        return "; ".join(said)
 
 
 class Handle:
@@ -269,7 +250,7 @@ class Handle:
             raise ArgumentError(f"copies is {copies}; each row stands at least once")
         choice.check_name(way)
         choice.check_pages(way, self._mixed_layers())
-        rows = _token_rows(cu_seqlens, index, len(mixtures))
+        rows = token_rows(cu_seqlens, index, len(mixtures))
         with self._plan(mixtures, rows, copies, way):
             yield self
 
@@ -405,20 +386,3 @@ def _checked(scale: float) -> float:
     if not isinstance(scale, (int, float)) or scale != scale or scale in (float("inf"), float("-inf")):
         raise ArgumentError(f"a scale is a finite number, got {scale!r}")
     return float(scale)
-
-
-def _token_rows(cu_seqlens: Any, index: Any, rows: int) -> torch.Tensor | None:
-    """The row of every token of a packed batch; None for an ordinary one."""
-    if cu_seqlens is not None and index is not None:
-        raise ArgumentError("give cu_seqlens or index, not both")
-    if cu_seqlens is not None:
-        bounds = torch.as_tensor(cu_seqlens).long()
-        if len(bounds) != rows + 1 or bounds[0] != 0 or bool((bounds.diff() < 0).any()):
-            raise ArgumentError(f"cu_seqlens is {bounds.tolist()}, expected 0 and {rows} ascending ends")
-        return torch.repeat_interleave(torch.arange(rows), bounds.diff())
-    if index is None:
-        return None
-    index = torch.as_tensor(index).long().reshape(-1)
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < rows:
-        raise ArgumentError(f"index names rows {int(index.min())} to {int(index.max())}, there are {rows}")
-    return index

@@ -25,6 +25,8 @@ from lorastack.torch.ways.pages import PAGES
 
 #: Up to so many ranks all rows share two products; beyond, on a CPU, each has its own.
 DENSE_RANKS = 2 * PAGE
+#: Multiplications that take a CPU as long as a product more, by layers of 512 and of 2048.
+_A_PRODUCT = 400_000
 #: What users may ask for.
 NAMES = ("dense", "each", "fast", "pages")
 #: What a layer is said to be computed in that has no way: adapter after adapter.
@@ -116,6 +118,9 @@ def _fast(layer: Layer, mixture: Mixture, running: Pass, x: torch.Tensor) -> Way
     if layer.in_order or mine is DENSE:
         return mine
     tokens = x.numel() // x.shape[-1]
+    if mine is EACH:
+        products = len(mixture.tiles(layer.layout).runs)
+        return DENSE if tokens * len(layer.a) * (layer.a.shape[1] + layer.b.shape[1]) <= _A_PRODUCT * products else EACH
     if mine is PAGES:
         # On an H200, 4096 x 4096: 96 pages of tiles of 64 pages are faster than dense products, 192 of 64 slower.
         taken = sum(board.filled for board in mixture.boards(running, tokens, layer.layout))
