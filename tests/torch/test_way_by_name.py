@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,14 @@ def test_whatever_the_way_the_sum_is_that_in_float64(way: str, paged: bool, monk
 
 
 def test_fast_looks_at_the_batch_on_a_cpu() -> None:
-    """By the figures of the benchmark: rows of many adapters each in a narrow layer are two products, few rows are not."""
+    """In a narrow layer 32 rows of three adapters each are many products, four of one adapter are one."""
     model = nn.Sequential(nn.Linear(512, 512)).eval()
     loras = [random_lora(n, 16, (512, 512)) for n in range(16)]
     rng = np.random.default_rng(0)
     many = [{f"a{n}": 0.5 for n in rng.choice(16, 3, replace=False)} for _ in range(32)]
     seen = {}
     with attach(model, LoraStack([(lora, 1.0) for lora in loras])) as handle:
-        for mixtures in (many, [{"a3": 1.0}]):
+        for mixtures in (many, [{"a3": 1.0}] * 4):
             x = torch.randn(len(mixtures), 512)
             with handle.rows(mixtures, way="fast"):
                 assert far(model(x).double(), expected(model, loras, x, mixtures)) < 1e-5
@@ -79,7 +80,7 @@ def test_fast_looks_at_the_batch_on_a_cpu() -> None:
             with handle.rows(mixtures):
                 model(x)
                 assert handle.current().ways == {"0.weight": "each"}
-    assert seen == {32: "dense", 1: "each"}
+    assert seen == {32: "dense", 4: "each"}
 
 
 def test_fast_looks_at_the_batch_where_there_are_pages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,12 +101,8 @@ def test_fast_looks_at_the_batch_where_there_are_pages(monkeypatch: pytest.Monke
 
 def test_a_name_that_no_way_has_is_an_error_that_lists_them() -> None:
     _, handle, _ = one_layer()
-    with (
-        pytest.raises(
-            ArgumentError, match="no way is named 'page'; there are dense, each, fast, pages; did you mean pages?"
-        ),
-        handle.rows([{}], way="page"),
-    ):
+    said = re.escape("no way is named 'page'; there are dense, each, fast, pages")
+    with pytest.raises(ArgumentError, match=said), handle.rows([{}], way="page"):
         pass
 
 
