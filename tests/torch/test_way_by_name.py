@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import STRICT
 
@@ -24,6 +26,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are made
 from lorastack import LoadedLora, LoraStack
 from lorastack.errors import ArgumentError, UnsupportedError
 from lorastack.torch import attach
+from lorastack.torch.ways import kernels
 from lorastack.torch.ways.pages import PAGES
 from tests.torch.test_ways import RANKS, expected, one_layer, random_lora
 from tests.torch.tiny import ARCHITECTURES, far, make_model, save_adapter, tokens
@@ -166,3 +169,53 @@ def test_a_model_generates_the_same_in_every_way(tmp_path: Path) -> None:
             with handle.rows(mixtures, way=way):
                 found.append(model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0))
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+class Noted(TorchDispatchMode):
+    """Counts the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class NotLaunched:
+    """A kernel that is not launched: the interpreter copies what it is given."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **options: None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("way", NAMES)
+def test_a_new_composition_is_copied_once_and_no_layer_waits_for_a_number(
+    way: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("shrink", "expand"):
+        monkeypatch.setattr(kernels, name, NotLaunched())
+    torch.manual_seed(0)
+    model, rng = nn.Sequential(*[nn.Linear(24, 24) for _ in range(4)]).eval(), np.random.default_rng(0)
+    loras = [
+        LoadedLora.from_tensors(
+            {f"{n}.weight": (rng.standard_normal((20, 24)), rng.standard_normal((24, 20))) for n in range(4)}, name=name
+        )
+        for name in ("a0", "a1")
+    ]
+    index = torch.tensor([0, 1, 0]) if packed else None
+    x = torch.randn(1, 3, 24) if packed else torch.randn(2, 24)
+    with attach(model, LoraStack([(lora, 1.0) for lora in loras])) as handle:
+        with handle.rows([{"a0": 1.0}, {}], index=index, way=way):
+            model(x)
+        with handle.rows([{"a1": 1.0}, {"a0": 1.0, "a1": -1.0}], index=index, way=way), Noted() as noted:
+            model(x)
+            first = noted.seen.copy()
+            noted.seen.clear()
+            model(x)
+    assert not any("_local_scalar_dense" in name for name in noted.seen)
+    assert not any("_to_copy" in name or "aten.copy_" in name for name in noted.seen)
+    if way == "pages":
+        assert first["aten.copy_.default"] == 1

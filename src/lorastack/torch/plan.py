@@ -151,17 +151,17 @@ class Plan:
 
 
 def token_rows(cu_seqlens: Any, index: Any, rows: int) -> torch.Tensor | None:
-    """The row of every token of a packed batch; None for an ordinary one."""
+    """The row of every token of a packed batch, on the host; None for an ordinary one."""
     if cu_seqlens is not None and index is not None:
         raise ArgumentError("give cu_seqlens or index, not both")
     if cu_seqlens is not None:
-        bounds = torch.as_tensor(cu_seqlens).long()
+        bounds = torch.as_tensor(cu_seqlens).long().cpu()
         if len(bounds) != rows + 1 or bounds[0] != 0 or bool((bounds.diff() < 0).any()):
             raise ArgumentError(f"cu_seqlens is {bounds.tolist()}, expected 0 and {rows} ascending ends")
         return torch.repeat_interleave(torch.arange(rows), bounds.diff())
     if index is None:
         return None
-    index = torch.as_tensor(index).long().reshape(-1)
+    index = torch.as_tensor(index).long().reshape(-1).cpu()
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < rows:
         raise ArgumentError(f"index names rows {int(index.min())} to {int(index.max())}, there are {rows}")
     return index

@@ -51,6 +51,9 @@ class Mixture:
         self.rows = len(wanted)
         self.adapters = adapters
         self._wanted = wanted
+        layouts = tuple(layouts)
+        #: The index where layers are, so that no layer copies it.
+        self._index_on = {} if index is None else {one.device: index.to(one.device) for one in layouts}
         table = self._table(wanted)
         self._tiles = {id(layout): (layout, tiles_of(layout, wanted, table)) for layout in layouts}
         #: Of the page kernels: where they may be, the plan's page numbers, and the boards of each shape of batch.
@@ -110,7 +113,7 @@ class Mixture:
         if known is not None and (self.index is None or tokens == len(self.index)):
             return known
         index = self.index_for(running, tokens)
-        each = np.arange(self.rows).repeat(tokens // self.rows) if index is None else index.cpu().numpy()
+        each = np.arange(self.rows).repeat(tokens // self.rows) if index is None else index.numpy()
         boards = Board.for_batch(self._wanted, each, self.numbers, layout.device)
         if index is self.index:
             self._each[tokens, layout.where] = each
@@ -136,6 +139,14 @@ class Mixture:
             return running.logits
         raise ShapeError(f"a layer got {tokens} tokens, the packed rows index {self.index.shape[0]}")
 
+    def index_on(self, running: Pass, tokens: int, device: torch.device) -> torch.Tensor | None:
+        """The same on a device."""
+        index = self.index_for(running, tokens)
+        if index is None or index.device == device:
+            return index
+        known = self._index_on.get(device) if index is self.index else None
+        return index.to(device) if known is None else known
+
     def stretches(self, running: Pass, tokens: int) -> list[tuple[int, int, int]]:
         """Packed input: (row, first token, end) of tokens that follow each other and are of one row."""
         index = self.index_for(running, tokens)
@@ -157,9 +168,9 @@ class Mixture:
         So that Inf or NaN of an adapter that a row does not use cannot reach it.
         """
         tiles = self.tiles(layout)
-        index = self.index_for(running, x.numel() // x.shape[-1] if x is not h else h.numel() // max(h.shape[-1], 1))
+        tokens = x.numel() // x.shape[-1] if x is not h else h.numel() // max(h.shape[-1], 1)
+        index = self.index_on(running, tokens, h.device)
         if index is not None:
-            index = index.to(h.device)
             flat = h.reshape(len(index), -1)
             return torch.where(tiles.mask[index], flat * tiles.scales[index], 0).reshape(h.shape)
         self.check(running, x, name)
@@ -174,8 +185,8 @@ class Mixture:
         if not channels_last:
             return column.repeat_interleave(like.shape[0] // self.rows).view(-1, *[1] * (like.dim() - 1))
         tokens = like.numel() // like.shape[-1]
-        index = self.index_for(running, tokens)
-        each = column[index.to(like.device)] if index is not None else column.repeat_interleave(tokens // self.rows)
+        index = self.index_on(running, tokens, like.device)
+        each = column[index] if index is not None else column.repeat_interleave(tokens // self.rows)
         return each.view(*like.shape[:-1], 1)
 
     def check(self, running: Pass, x: torch.Tensor, name: str) -> None:
