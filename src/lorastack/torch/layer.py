@@ -111,8 +111,7 @@ class LiveLayer(Factors):
         return self._biased(torch.addmm(flat, h, self.b).view(output.shape))
 
     def _by_row(self, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
-        chosen = choice.of_compiled if torch.compiler.is_compiling() else choice.of_pass
-        way = chosen(self, running, x, output)
+        way = choice.of_pass(self, running, x, output)
         if way is None:
             return self._one_by_one(x, output, F.linear, torch.matmul, running)
         added = way.add(self, running, x, output, in_place)

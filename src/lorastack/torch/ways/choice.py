@@ -82,25 +82,27 @@ def check_pages(way: str | None, layers: Sequence[Layer]) -> None:
 
 def of_pass(layer: Layer, running: Pass, x: torch.Tensor, output: torch.Tensor) -> Way | None:
     """The way of a layer in a pass; None: adapter after adapter."""
-    way = layer.way
+    way: Way | None = layer.way
     if way is None:
         return None
+    if torch.compiler.is_compiling():
+        return _compiled(layer, running, x, output)
     mixture: Mixture = running.mixture
     if mixture.way is not None:
         way = _asked(layer, mixture, running, x)
         mixture.taken[layer.name] = IN_ORDER if way is None else way.name
-    if torch.is_grad_enabled() and output.requires_grad:
+    if output.requires_grad and torch.is_grad_enabled():
         return None if layer.in_order else DENSE
     return way
 
 
-def of_compiled(layer: Layer, running: Pass, x: torch.Tensor, output: torch.Tensor) -> Way | None:
-    """The same in code that is being compiled: pages where their board is there already, else dense."""
+def _compiled(layer: Layer, running: Pass, x: torch.Tensor, output: torch.Tensor) -> Way | None:
+    """Pages where their board is there already, else dense."""
     mixture: Mixture = running.mixture
     paged = layer.way is PAGES and mixture.way in (None, "pages") and not output.requires_grad
     if paged and mixture.foreseen(x.numel() // x.shape[-1], layer.layout):
         return PAGES
-    return None if layer.in_order or layer.way is None else DENSE
+    return None if layer.in_order else DENSE
 
 
 def _asked(layer: Layer, mixture: Mixture, running: Pass, x: torch.Tensor) -> Way | None:

@@ -12,7 +12,6 @@ import threading
 import torch
 
 from lorastack.torch.passes import Pass
-from lorastack.torch.pool import Span
 from lorastack.torch.rows import Mixture
 from lorastack.torch.tiles import Pair
 from lorastack.torch.ways import Layer
@@ -25,8 +24,9 @@ class Each:
 
     def add(self, layer: Layer, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
         mixture: Mixture = running.mixture
-        used, dtype = mixture.tiles(layer.layout).used, layer.layout.dtype
-        a, b = _widened_ranks(layer.a, used, dtype, "a"), _widened_ranks(layer.b, used, dtype, "b")
+        a, b = layer.a, layer.b
+        if a.dtype != layer.layout.dtype:
+            a, b = _widened_ranks(mixture, layer, a, "a"), _widened_ranks(mixture, layer, b, "b")
         if mixture.index is None:
             mixture.check(running, x, layer.name)
         wide_x = _widened(x, a.dtype, "x")
@@ -93,12 +93,10 @@ def _widened(t: torch.Tensor, dtype: torch.dtype, use: str) -> torch.Tensor:
     return t if t.dtype == dtype else _kept(t, dtype, use).copy_(t)
 
 
-def _widened_ranks(t: torch.Tensor, used: list[Span], dtype: torch.dtype, use: str) -> torch.Tensor:
-    """The ranks of ``t`` that are used, in another type and at their place; the others are anything."""
-    if t.dtype == dtype:
-        return t
-    kept = _kept(t, dtype, use)
-    for first, ranks in used:
+def _widened_ranks(mixture: Mixture, layer: Layer, t: torch.Tensor, use: str) -> torch.Tensor:
+    """The ranks of factors that are used, in the type rows are computed in and at their place; others are anything."""
+    kept = _kept(t, layer.layout.dtype, use)
+    for first, ranks in mixture.tiles(layer.layout).used:
         kept.narrow(0, first, ranks).copy_(t.narrow(0, first, ranks))
     return kept
 
