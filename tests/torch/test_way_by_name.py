@@ -112,7 +112,8 @@ def test_a_name_that_no_way_has_is_an_error_that_lists_them() -> None:
 def test_pages_without_what_they_need_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     model, handle, _ = one_layer()
-    with pytest.raises(UnsupportedError, match="way='pages' needs a CUDA device"), handle.rows([{}], way="pages"):
+    said = "pages need a CUDA device and layers of 32 bits or fewer; leave way= out"
+    with pytest.raises(UnsupportedError, match=said), handle.rows([{}], way="pages"):
         pass
     with handle.rows([{}], way="fast"):
         model(torch.randn(1, 24))

@@ -14,7 +14,7 @@ from lorastack.errors import ShapeError
 from lorastack.torch.layout import sees_pictures
 from lorastack.torch.passes import Pass
 from lorastack.torch.plan import rows_of_layer
-from lorastack.torch.tiles import Layout, Tiles, Wanted, tiles_of
+from lorastack.torch.tiles import Layout, Tiles, Wanted
 from lorastack.torch.ways.board import Board, Numbers
 
 
@@ -55,7 +55,7 @@ class Mixture:
         #: The index where layers are, so that no layer copies it.
         self._index_on = {} if index is None else {one.device: index.to(one.device) for one in layouts}
         table = self._table(wanted)
-        self._tiles = {id(layout): (layout, tiles_of(layout, wanted, table)) for layout in layouts}
+        self._tiles = {id(layout): (layout, Tiles(layout, wanted, table)) for layout in layouts}
         #: Of the page kernels: where they may be, the plan's page numbers, and the boards of each shape of batch.
         self._paged = {layout.device: layout for layout in paged}
         self._numbers: Numbers | None = None
@@ -90,11 +90,8 @@ class Mixture:
         for board, host in ready:
             board.put(host)
         table, self._wanted = self._table(wanted), wanted
-        for key, (layout, old) in self._tiles.items():
-            new = tiles_of(layout, wanted, table)
-            for name in ("scales", "mask", "by_entry"):
-                getattr(old, name).copy_(getattr(new, name))
-            self._tiles[key] = (layout, old._replace(runs=new.runs, pairs=new.pairs, used=new.used))
+        for _, tiles in self._tiles.values():
+            tiles.write(wanted, table)
 
     def tiles(self, layout: Layout) -> Tiles:
         """What the rows want where adapters lie so."""

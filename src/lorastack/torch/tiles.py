@@ -6,6 +6,7 @@ Made on the host once for each composition and `Layout`, of which layers alike s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ class Layout:
         for entry, (first, rank, own) in spans.items():
             owner[first : first + rank] = entry
             scaling[first : first + rank] = own  # and 0 for ranks that are nobody's
-        self._owner, self._scaling = owner, scaling
+        self._owner, self._scaling = owner.to(device), scaling.to(device)
         self._each: torch.Tensor | None = None
         #: Of the page kernels: a layer's pages by the plan's numbers (`PageMap`).
         self.pages: Any = None
@@ -54,7 +55,7 @@ class Layout:
 
     def scales(self, table: torch.Tensor) -> torch.Tensor:
         """``[rows, total]``: each row's multiplier of each rank, of a table ``[rows, adapters]``."""
-        return (table[:, self._owner] * self._scaling).to(self.device, self.dtype)
+        return table.to(self.device).index_select(1, self._owner).mul_(self._scaling).to(self.dtype)
 
     def by_entry(self, table: torch.Tensor) -> torch.Tensor:
         """``[rows, adapters]``: each row's multiplier of each adapter, 0 for one that leaves the layer alone."""
@@ -75,33 +76,47 @@ class Run(NamedTuple):
     scales: torch.Tensor | None
 
 
-class Tiles(NamedTuple):
-    """A composition at one layout."""
+class Tiles:
+    """A composition at one layout; what only some ways read is made when it is first asked for."""
 
-    #: In the order of each row's adapters: first every row's first, then its second, ...
-    runs: list[Run]
-    #: Adapter by adapter of each row.
-    pairs: list[Pair]
-    #: The spans of ranks that any row wants, those that touch as one; empty where factors are read as they are held.
-    used: list[Span]
-    #: ``[rows, total]``, and where it is not 0.
-    scales: torch.Tensor
-    mask: torch.Tensor
-    #: ``[rows, adapters]``.
-    by_entry: torch.Tensor
+    def __init__(self, layout: Layout, wanted: Sequence[Wanted], table: torch.Tensor) -> None:
+        self._layout, self._wanted = layout, wanted
+        #: ``[rows, total]``, and where it is not 0.
+        self.scales = layout.scales(table)
+        self.mask = self.scales != 0
+        #: ``[rows, adapters]``.
+        self.by_entry = layout.by_entry(table)
 
+    def write(self, wanted: Sequence[Wanted], table: torch.Tensor) -> None:
+        """Another composition, in the same memory."""
+        new = Tiles(self._layout, wanted, table)
+        for name in ("scales", "mask", "by_entry"):
+            getattr(self, name).copy_(getattr(new, name))
+        self._wanted = wanted
+        for name in ("pairs", "runs", "used"):
+            self.__dict__.pop(name, None)
 
-def tiles_of(layout: Layout, wanted: Sequence[Wanted], table: torch.Tensor) -> Tiles:
-    """What the rows of a batch want, at this layout."""
-    spans = layout.spans
-    each = [
-        [(row, span[0], span[1], scale * span[2]) for entry, scale in mine if (span := spans.get(entry)) is not None]
-        for row, mine in enumerate(wanted)
-    ]
-    pairs = [pair for mine in each for pair in mine]
-    scales = layout.scales(table)
-    used = _joined(pairs) if layout.dtype != layout.held else []
-    return Tiles(_runs(each, layout), pairs, used, scales, scales != 0, layout.by_entry(table))
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """Adapter by adapter of each row."""
+        return [pair for mine in self._each() for pair in mine]
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """In the order of each row's adapters: first every row's first, then its second, ..."""
+        return _runs(self._each(), self._layout)
+
+    @cached_property
+    def used(self) -> list[Span]:
+        """The spans of ranks that any row wants, those that touch as one."""
+        return _joined(self.pairs)
+
+    def _each(self) -> list[list[Pair]]:
+        spans = self._layout.spans
+        return [
+            [(row, at[0], at[1], scale * at[2]) for entry, scale in mine if (at := spans.get(entry)) is not None]
+            for row, mine in enumerate(self._wanted)
+        ]
 
 
 def _joined(pairs: Sequence[Pair]) -> list[Span]:

@@ -8,6 +8,7 @@ tokens have larger ones than rows of few, whatever rows are beside them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,6 +63,20 @@ class Numbers(NamedTuple):
             at += most[entry]
         return Numbers(first, most, at)
 
+    def pages_of(self, groups: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(How many pages each group of adapters has; these, group by group; which adapter of its group each is of)."""
+        own = {entry: range(at, at + self.pages[entry]) for entry, at in self.first.items()}
+        many: list[int] = []
+        pages: list[int] = []
+        nth: list[int] = []
+        for group in groups:
+            before = len(pages)
+            for n, entry in enumerate(group):
+                pages += own[entry]
+                nth += [n] * len(own[entry])
+            many.append(len(pages) - before)
+        return np.array(many), np.array(pages), np.array(nth)
+
     def of_layer(self, layout: Layout) -> PageMap:
         """The pages of a layer where adapters lie so."""
         many = max(self.total, 1)
@@ -112,12 +127,12 @@ class Board:
         wanted: Sequence[Wanted], each: np.ndarray, numbers: Numbers, device: torch.device
     ) -> tuple[Board, ...]:
         """Boards with room for what such a batch may come to: a page set for each row, four pages a row or more."""
-        most = max((sum(numbers.pages.get(n, 0) for n, _ in mine) for mine in wanted), default=1)
+        most = max((sum([numbers.pages.get(n, 0) for n, _ in mine]) for mine in wanted), default=1)
         needed: dict[int, int] = {}
-        for tokens in np.bincount(each, minlength=len(wanted)).tolist():
+        for tokens, rows in Counter(np.bincount(each, minlength=len(wanted)).tolist()).items():
             if tokens:
                 tile = tile_of(tokens)
-                needed[tile] = needed.get(tile, 0) + -(-tokens // tile)
+                needed[tile] = needed.get(tile, 0) + rows * -(-tokens // tile)
         boards = tuple(
             Board(tile, _power(tiles), _power(tiles) * _power(max(most, _PAGES)), device)
             for tile, tiles in sorted(needed.items())
@@ -153,39 +168,54 @@ class Board:
         sizes = Arrays.sizes(self.tile, self.tiles, self.slots)
         host = np.zeros(sum(sizes), np.int32)
         rows, slot_tile, slot_page, tile_slot, tile_n, scales = np.split(host, np.cumsum(sizes)[:-1])
-        floats = scales.view(np.float32)
         rows[:], slot_page[:] = -1, -1
-        groups: dict[tuple[int, ...], list[int]] = {}
-        tokens_of = _tokens(each, len(wanted))
-        for row, mine in enumerate(wanted):
-            known = tuple(entry for entry, _ in mine if entry in numbers.first)
-            if known and tile_of(len(tokens_of[row])) == self.tile:
-                groups.setdefault(known, []).append(row)
-        tile = slot = 0
-        for entries, members in groups.items():
-            tokens = np.concatenate([tokens_of[row] for row in members])
-            owner = np.repeat(members, [len(tokens_of[row]) for row in members])
-            scale_of = {row: dict(wanted[row]) for row in members}
-            pages = [(entry, numbers.first[entry] + n) for entry in entries for n in range(numbers.pages[entry])]
-            for at in range(0, len(tokens), self.tile):
-                part, own = tokens[at : at + self.tile], owner[at : at + self.tile].tolist()
-                if tile >= self.tiles or slot + len(pages) > self.slots:
-                    raise ArgumentError(
-                        f"this composition needs more than {self.tiles} tiles of rows and {self.slots} pages of tiles"
-                    )
-                rows[tile * self.tile : tile * self.tile + len(part)] = part
-                tile_slot[tile], tile_n[tile] = slot, len(pages)
-                for entry, page in pages:
-                    slot_tile[slot], slot_page[slot] = tile, page
-                    floats[slot * self.tile : slot * self.tile + len(part)] = [scale_of[row][entry] for row in own]
-                    slot += 1
-                tile += 1
+        group_of, groups, first_scale, scale_of = self._groups(wanted, each, numbers)
+        if not groups:
+            return host
+        # The tokens in the order of their groups, and of their rows in each; tiles are filled one after the other.
+        order = np.lexsort((each, group_of[each]))
+        order = order[group_of[each[order]] >= 0]
+        own = group_of[each[order]]
+        tokens = np.bincount(own, minlength=len(groups))
+        tiles = -(-tokens // self.tile)
+        lane = np.arange(len(order)) - np.repeat(np.cumsum(tokens) - tokens, tokens)
+        place = np.repeat(np.cumsum(tiles) - tiles, tokens) * self.tile + lane
+        # Each tile's slots: the pages of its group's adapters.
+        many, pages, entry_of = numbers.pages_of(groups)
+        tile_group = np.repeat(np.arange(len(groups)), tiles)
+        taken = many[tile_group]
+        slots, filled = int(taken.sum()), len(tile_group)
+        if filled > self.tiles or slots > self.slots:
+            raise ArgumentError(
+                f"this composition needs more than {self.tiles} tiles of rows and {self.slots} pages of tiles"
+            )
+        rows[place] = order
+        tile_n[:filled], tile_slot[:filled] = taken, np.cumsum(taken) - taken
+        slot_tile[:slots] = np.repeat(np.arange(filled), taken)
+        nth = np.arange(slots) - np.repeat(tile_slot[:filled], taken)
+        page = np.repeat((np.cumsum(many) - many)[tile_group], taken) + nth
+        slot_page[:slots] = pages[page]
+        lanes = rows.reshape(-1, self.tile)[slot_tile[:slots]]
+        wants = np.where(lanes >= 0, first_scale[each[lanes]] + entry_of[page][:, None], 0)
+        scales.view(np.float32).reshape(-1, self.tile)[:slots] = scale_of[wants]
         return host
 
-
-def _tokens(each: np.ndarray, rows: int) -> list[np.ndarray]:
-    order = np.argsort(each, kind="stable")
-    return np.split(order, np.searchsorted(each[order], np.arange(1, rows)))
+    def _groups(
+        self, wanted: Sequence[Wanted], each: np.ndarray, numbers: Numbers
+    ) -> tuple[np.ndarray, list[tuple[int, ...]], np.ndarray, np.ndarray]:
+        """(Each row's group, -1 without one; the adapters of each; where a row's scales begin; 0 and the scales)."""
+        tokens = np.bincount(each, minlength=len(wanted)).tolist()
+        here = {many for many in set(tokens) if tile_of(many) == self.tile}
+        known: dict[tuple[int, ...], int] = {}
+        group_of, first_scale = np.full(len(wanted), -1), np.zeros(len(wanted), np.int64)
+        scales: list[float] = [0.0]  # of lanes without a row
+        for row, mine in enumerate(wanted):
+            if mine and tokens[row] in here:
+                group = tuple([entry for entry, _ in mine if entry in numbers.first])
+                group_of[row] = known.setdefault(group, len(known)) if group else -1
+                first_scale[row] = len(scales)
+                scales += [scale for entry, scale in mine if entry in numbers.first]
+        return group_of, list(known), first_scale, np.array(scales, np.float32)
 
 
 def _power(n: int) -> int:

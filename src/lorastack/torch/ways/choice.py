@@ -22,9 +22,12 @@ from lorastack.torch.ways import Layer, Way
 from lorastack.torch.ways.dense import DENSE
 from lorastack.torch.ways.each import EACH
 from lorastack.torch.ways.pages import PAGES
+from lorastack.ways import Way as Out
+from lorastack.ways import ways
 
 #: Up to so many ranks all rows share two products; beyond, on a CPU, each has its own.
 DENSE_RANKS = 2 * PAGE
+_BEST = Out("leave way= out: each layer has the best that is there", None)
 #: Multiplications that take a CPU as long as a product more, by layers of 512 and of 2048.
 _A_PRODUCT = 400_000
 #: What users may ask for.
@@ -77,7 +80,7 @@ def check_pages(way: str | None, layers: Sequence[Layer]) -> None:
     """UnsupportedError when pages are asked for where no layer has them."""
     if way == "pages" and layers and not any(map(has_pages, layers)):
         what = "a CUDA device and layers of 32 bits or fewer" if there_is_triton() else "Triton (pip install triton)"
-        raise UnsupportedError(f"way='pages' needs {what}; without way= each layer has the best that is there")
+        raise UnsupportedError(f"pages need {what}{ways(_BEST)}")
 
 
 def of_pass(layer: Layer, running: Pass, x: torch.Tensor, output: torch.Tensor) -> Way | None:
