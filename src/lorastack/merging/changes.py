@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lorastack.algebra.entries import Entry
-from lorastack.base.model import BaseModel, Stored
+from lorastack.base.model import IN_GROUPS, BaseModel, Stored
 from lorastack.core.delta import LoraDelta
 from lorastack.core.extras import KINDS
 from lorastack.core.factor import Factor
@@ -41,14 +41,14 @@ class Tokens(NamedTuple):
 
 @dataclass
 class Change:
-    """All that happens to one weight: what it starts from, what is added in order, which rows are put in at the end.
+    """All that happens to one weight: what it starts from, which rows are put in, what is added in order.
 
     ``added`` are biases with their multipliers, where the weight is itself a bias; ``dense`` are updates of full rank.
     """
 
-    terms: list[Term] = field(default_factory=list)
     replaced: Factor | None = None
     tokens: Tokens | None = None
+    terms: list[Term] = field(default_factory=list)
     added: list[tuple[float, Factor]] = field(default_factory=list)
     dense: list[tuple[float, Factor | Kronecker]] = field(default_factory=list)
 
@@ -81,6 +81,8 @@ def changes_of(entries: Sequence[Entry], base: BaseModel) -> dict[str, Change]:
         if "alora" in extras:
             problems.add(f"{name}: it has {KINDS['alora']}, which weights cannot do{ways(_LIVE)}")
         for weight, delta in lora.adapters.items():
+            if base.in_groups(weight, delta):
+                problems.add(f"{name}: weight {weight} {IN_GROUPS}{ways(_LIVE)}")
             at(weight).terms.append(Term(name, scale, delta, extras.get("dora", {}).get(weight)))
         for weight, factor in extras.get("lora_bias", {}).items():
             bias = f"{weight.removesuffix('.weight')}.bias"
@@ -168,8 +170,9 @@ def is_saved(base: BaseModel, weight: str) -> bool:
 
 
 def _second_names(base: BaseModel, weight: str) -> list[str]:
-    root = base.tied.get(weight, weight)
-    return [name for name in (root, *(n for n, of in base.tied.items() if of == root)) if name != weight]
+    ties = base.ties
+    root = ties.get(weight, weight)
+    return [name for name in (root, *(n for n, of in ties.items() if of == root)) if name != weight]
 
 
 def _of_text(base: BaseModel) -> Mapping[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -68,7 +68,8 @@ def plan(entries: Sequence[Entry], base: BaseModel) -> Plan:
     whole, vocabulary = resized(with_head, entries)
     changes = changes_of(fitted(entries, whole), whole)
     problems = Problems(f"base {base.name} cannot be merged into")
-    head, embedding = _tie(base)
+    ties = whole.ties
+    head, embedding = _tie(base, ties)
     added: tuple[Added, ...] = ()
     untied = False
     if embedding and (head in changes or embedding in changes):
@@ -79,15 +80,12 @@ def plan(entries: Sequence[Entry], base: BaseModel) -> Plan:
             change = changes.pop(head, None)
             update = _updates(head, change, whole, problems)[0][1] if change else None
             added = (Added(head, place.parts[0], update),)
+    others = {name: of for name, of in ties.items() if name != head}
+    if untied:  # a class that ties the head no more ties nothing
+        added += tuple(_copies(changes, others, whole, problems))
+    _join(changes, others, problems)
     updates: dict[Part, Update] = {}
     for name, change in changes.items():
-        root = base.tied.get(name, name)
-        if root != name or name in _roots(base, head):
-            others = ", ".join(other for other, of in base.tied.items() if of == root and other != head)
-            problems.add(
-                f"weight {name} is one tensor with {others or root}, which would change along{ways(_LIVE, SELECT)}"
-            )
-            continue
         if change.replaced is not None and base.shape_of(name) is None:
             added += (
                 Added(name, _last(base), Update(name, shape_in_file(change.replaced.shape, None), **_said(change))),
@@ -136,20 +134,43 @@ def _with_a_head(base: BaseModel) -> BaseModel:
     return replace(base, shapes={**base.shapes, "output.weight": shape}, stored={**base.stored, "output.weight": place})
 
 
-def _tie(base: BaseModel) -> tuple[str, str]:
+def _tie(base: BaseModel, ties: Mapping[str, str]) -> tuple[str, str]:
     """(head, embedding) where the two are one tensor; empty where they are not."""
     if base.naming == "gguf":
         tied = "output.weight" not in base.shapes and "token_embd.weight" in base.shapes
         return ("output.weight", "token_embd.weight") if tied else ("", "")
-    for name, of in base.tied.items():
-        if not name.endswith("embed_tokens.weight"):
+    for name, of in ties.items():
+        if name.endswith("weight") and not name.endswith("embed_tokens.weight"):
             return name, of
     return "", ""
 
 
-def _roots(base: BaseModel, head: str) -> set[str]:
-    """Weights that have second names beside the head's: embeddings that two stacks share."""
-    return {of for name, of in base.tied.items() if name != head}
+def _copies(
+    changes: dict[str, Change], ties: Mapping[str, str], base: BaseModel, problems: Problems
+) -> Iterator[Added]:
+    """The tensors of second names that files do not have: changed by themselves, or as the first name's are.
+
+    An embedding that two stacks share stays one: transformers 4 has it so whatever the files say.
+    """
+    for name, root in ties.items():
+        change = changes.get(root)
+        if name in changes and not name.endswith("embed_tokens.weight") and root not in changes:
+            change = changes.pop(name)
+        if place := base.place_of(root):
+            update = _updates(root, change, base, problems)[0][1] if change else None
+            yield Added(name, place.parts[0], replace(update, weight=name) if update else None)
+
+
+def _join(changes: dict[str, Change], ties: Mapping[str, str], problems: Problems) -> None:
+    """Leave each tensor the change of its first name, where that of its other names is the same."""
+    for name, root in ties.items():
+        one, two = changes.get(root, Change()), changes.get(name, Change())
+        if one.tokens and not two.tokens:  # trained tokens are those of every name
+            two.tokens = one.tokens
+        if not _alike(one, two):
+            changed, other = (root, name) if root in changes else (name, root)
+            problems.add(f"weight {changed} is one tensor with {other}, which would change along{ways(_LIVE, SELECT)}")
+        changes.pop(name, None)
 
 
 def _untie(changes: dict[str, Change], base: BaseModel, head: str, embedding: str, problems: Problems) -> bool:
@@ -162,7 +183,7 @@ def _untie(changes: dict[str, Change], base: BaseModel, head: str, embedding: st
     if is_saved(base, embedding):  # a resized vocabulary is that of both, whichever was saved
         one.replaced, two.replaced = one.replaced or two.replaced, two.replaced or one.replaced
         changes.setdefault(embedding, one)
-    if not one.terms and not two.terms and one.replaced is two.replaced and one.tokens == two.tokens:
+    if _alike(one, two):
         changes.pop(head, None)
         return False
     if base.config.get("model_type") in _SCALED_WHEN_TIED:
@@ -172,6 +193,16 @@ def _untie(changes: dict[str, Change], base: BaseModel, head: str, embedding: st
     if two.terms or two.replaced is not None or two.tokens:
         changes[head] = two
     return True
+
+
+def _alike(one: Change, other: Change) -> bool:
+    """Whether two changes of one tensor are the same; sums are not compared."""
+    both = (one, other)
+    if any(change.terms or change.added or change.dense for change in both) or one.tokens != other.tokens:
+        return False
+    if one.replaced is None or other.replaced is None:
+        return one.replaced is other.replaced
+    return _same(one.replaced, other.replaced)
 
 
 def _same(one: Factor, other: Factor) -> bool:

@@ -17,6 +17,7 @@ from lorastack.torch.passes import CURRENT, Pass, Passes, eager, not_pickled
 from lorastack.torch.places import Place
 from lorastack.torch.prepared import Slot
 from lorastack.torch.rows import product_type
+from lorastack.torch.tensors import as_looked_up
 from lorastack.torch.tiles import Layout
 from lorastack.torch.ways import Way, choice
 
@@ -39,7 +40,6 @@ class LiveLayer(Factors):
         self.bias: torch.Tensor | None = None
         #: Whether the batch is the second axis here.
         self.time_first = False
-        self.embed_scale = getattr(place.module, "embed_scale", None) if place.kind == "embedding" else None
         self._handle: Any = None
         #: By row: where adapters lie, and how it is computed; without a way, adapter after adapter.
         self.layout: Any = None
@@ -188,8 +188,7 @@ class LiveLayer(Factors):
         return a[:, ids.reshape(-1)].t().reshape(*ids.shape, -1)
 
     def _widened(self, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        y = h @ b
-        return y if self.embed_scale is None else y * self.embed_scale.to(y.dtype)
+        return as_looked_up(self.place.module, h @ b)
 
     def _conv(self, running: Pass, module: Any, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from lorastack.base.model import IN_GROUPS
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, Problems, UnsupportedError
@@ -204,7 +205,7 @@ def _check(parts: _Parts, patches: Sequence[Patch], places: Places) -> None:
     for name, at in parts.items():
         place = at[0][1].place
         if getattr(place.module, "groups", 1) != 1:
-            problems.add(f"weight {name} is in groups, and the update of all its channels{ways(_ATTACH)}")
+            problems.add(f"weight {name} {IN_GROUPS}{ways(_ATTACH)}")
         weight = place.module._parameters.get(place.parameter)
         if weight is None or weight.dtype not in _FLOATS or weight.device.type == "meta":
             problems.add(f"weight {name} is packed, or kept elsewhere, and cannot be written to{ways(_ATTACH)}")
@@ -214,7 +215,6 @@ def _check(parts: _Parts, patches: Sequence[Patch], places: Places) -> None:
 def _merge(
     done: MergedStack, parts: _Parts, patches: Sequence[Patch], places: Places, wide: torch.dtype, on_cpu: bool
 ) -> None:
-    shared = _shared(places)
     for patch in patches:
         if isinstance(patch, ModulePatch):
             for name, parameter in patch.copy._parameters.items():
@@ -224,6 +224,9 @@ def _merge(
                 if (own := patch.module._buffers.get(name)) is not None and own is not buffer:
                     done._kept.append(_Kept(patch.module, name, None, None, own))
                     patch.module._buffers[name] = buffer
+        elif isinstance(patch, TokenPatch):  # updates are added to the trained rows too
+            _put_tokens(done, patch, places, on_cpu)
+    shared = _shared(places)
     for at in parts.values():
         place = at[0][1].place
         _own(done, place.module, place.parameter, shared, on_cpu)
@@ -235,17 +238,15 @@ def _merge(
             _add_biases(done, place.module, biases, weight, on_cpu)
     for patch in patches:
         if isinstance(patch, BiasPatch):
+            _own(done, patch.module, "bias", shared, on_cpu)
             bias = patch.module._parameters["bias"]
             assert bias is not None
-            done._keep(patch.module, "bias", on_cpu)
             bias.copy_((bias.to(wide) + patch.difference.to(wide)).to(bias.dtype))
         elif isinstance(patch, ShownPatch):
+            _own(done, patch.module, patch.key, shared, on_cpu)
             own = patch.module._parameters[patch.key]
             assert own is not None
-            done._keep(patch.module, patch.key, on_cpu)
             own.copy_(patch.tensor)
-        elif isinstance(patch, TokenPatch):
-            _put_tokens(done, patch, places, on_cpu)
 
 
 def _shared(places: Places) -> set[int]:

@@ -51,7 +51,7 @@ class Pool:
         held, rank = sorted(held), len(a)
         first = _free(held, rank)
         if self._a is None and coming == rank:
-            # A lone adapter's A stays where it is: in its mapped file, when types agree. It is never written to.
+            # A lone adapter's A stays where it is, perhaps in the adapter's own memory: it is never written to.
             self._a, self._b = a.contiguous(), b.contiguous()
         else:
             end = sum(held[-1]) if held else 0
