@@ -172,6 +172,25 @@ def test_a_model_generates_the_same_in_every_way(tmp_path: Path) -> None:
     assert all(torch.equal(one, found[0]) for one in found)
 
 
+def test_gradients_go_through_dense_products_whatever_was_asked() -> None:
+    model, handle, loras = one_layer()
+    x, mixtures = torch.randn(2, 24), [{"a0": 1.0}, {"a1": 0.5, "a4": -1.0}]
+    grads = []
+    for way in (None, *NAMES):
+        given = x.clone().requires_grad_()
+        with torch.enable_grad(), handle.rows(mixtures, way=way):
+            model(given).square().sum().backward()
+            assert handle.current().ways == {"0.weight": "dense"}
+            with torch.no_grad():
+                model(x)
+            assert handle.current().ways["0.weight"] == {None: "each", "fast": "dense"}.get(way, way)
+        grads.append(given.grad)
+    exact = x.double().requires_grad_()
+    with torch.enable_grad():
+        expected(model, loras, exact, mixtures).square().sum().backward()
+    assert all(far(grad.double(), exact.grad) < 1e-5 for grad in grads)
+
+
 class Noted(TorchDispatchMode):
     """Counts the operators that are called."""
 

@@ -46,7 +46,7 @@ class Mixture:
         paged: Sequence[Layout] = (),
     ) -> None:
         self.index, self.way = index, way
-        #: Where a way was asked for: weight -> what it was computed in.
+        #: Weight -> what it was computed in, where that is not its own way.
         self.taken: dict[str, str] = {}
         self.rows = len(wanted)
         self.adapters = adapters

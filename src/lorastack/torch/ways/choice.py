@@ -91,11 +91,16 @@ def of_pass(layer: Layer, running: Pass, x: torch.Tensor, output: torch.Tensor) 
     if torch.compiler.is_compiling():
         return _compiled(layer, running, x, output)
     mixture: Mixture = running.mixture
-    if mixture.way is not None:
+    backward = output.requires_grad and torch.is_grad_enabled()
+    if mixture.way is None and not backward:
+        if mixture.taken:
+            mixture.taken.pop(layer.name, None)
+        return way
+    if backward:
+        way = None if layer.in_order else DENSE
+    else:
         way = _asked(layer, mixture, running, x)
-        mixture.taken[layer.name] = IN_ORDER if way is None else way.name
-    if output.requires_grad and torch.is_grad_enabled():
-        return None if layer.in_order else DENSE
+    mixture.taken[layer.name] = IN_ORDER if way is None else way.name
     return way
 
 
@@ -126,8 +131,6 @@ def _fast(layer: Layer, mixture: Mixture, running: Pass, x: torch.Tensor) -> Way
     if mine is EACH:
         products = len(mixture.tiles(layer.layout).runs)
         return DENSE if tokens * len(layer.a) * (layer.a.shape[1] + layer.b.shape[1]) <= _A_PRODUCT * products else EACH
-    if mine is PAGES:
-        # On an H200, 4096 x 4096: 96 pages of tiles of 64 pages are faster than dense products, 192 of 64 slower.
-        taken = sum(board.filled for board in mixture.boards(running, tokens, layer.layout))
-        return DENSE if taken > 2 * layer.layout.pages_there else PAGES
-    return mine
+    # On an H200, 4096 x 4096: 96 pages of tiles of 64 pages are faster than dense products, 192 of 64 slower.
+    taken = sum(board.filled for board in mixture.boards(running, tokens, layer.layout))
+    return DENSE if taken > 2 * layer.layout.pages_there else PAGES
