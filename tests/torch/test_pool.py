@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lorastack import LoadedLora
 from lorastack.errors import LoraStackError
 from lorastack.torch import Handle
+from lorastack.torch.pool import Pool, Span
 from tests.torch.test_ways import N_IN, expected, one_layer, random_lora
 from tests.torch.tiny import far
 
@@ -72,3 +73,28 @@ def test_sums_are_right_whatever_comes_and_goes(changes: list[tuple[str, int]]) 
         with handle.rows(mixtures):
             assert far(model(x).double(), expected(model, list(there.values()), x, mixtures)) < 1e-5
     handle.detach()
+
+
+def test_a_change_that_is_taken_back_leaves_the_numbers_there_were() -> None:
+    pool = Pool()
+    held: list[Span] = []
+    made = [(torch.full((rank, 4), rank + 0.5), torch.full((rank, 6), rank + 0.25)) for rank in (3, 5, 2)]
+    for a, b in made:
+        held.append((pool.put(a, b, held, 10), len(a)))
+    middle = held.pop(1)
+    pool.free(middle, held)
+    a, b = pool.a.clone(), pool.b.clone()
+    state = pool.state()
+    first = pool.put(torch.ones(4, 4), torch.ones(4, 6), held, 4)  # where the other was
+    pool.free(held[0], [held[1], (first, 4)])
+    assert not pool.a[:3].any()
+    pool.restore(state, held)
+    assert torch.equal(pool.a, a)
+    assert torch.equal(pool.b, b)
+    assert not pool.a[middle[0] : sum(middle)].any()
+    gone = state[2]
+    assert [len(kept[1]) for kept in gone] == [3]
+    del state, gone
+    pool.free(held[0], held[1:])
+    assert pool._gone is not None
+    assert pool._gone() is None, "factors that nobody can ask for are not kept"
