@@ -114,7 +114,7 @@ class Pool:
         there = 0 if self._a is None else len(self._a)
         if need <= there:
             return
-        room = need if exactly else max(need, there + there // 2)  # since a copy of all is made each time
+        room = need if exactly else max(need, 2 * used)  # since a copy of all is made each time
         with torch.inference_mode(False):  # or nothing could be written to it elsewhere
             grown_a, grown_b = a.new_empty((room, *a.shape[1:])), b.new_empty((room, *b.shape[1:]))
         if self._a is not None and self._b is not None:
