@@ -1,18 +1,20 @@
 """Mixtures by row on a GPU: each way to compute one weight, and steps of a model, against base, PEFT and bytes.
 
-Run: python benchmarks/gpu.py [--out FOLDER]. Needs CUDA and Triton. ``--rehearse`` runs every part on a CPU at small
-sizes, in Triton's interpreter: its figures say nothing. Every case is checked against float64 before it is timed.
+Run: python benchmarks/gpu.py [--out FOLDER] [--only PART]. Needs CUDA and Triton. ``--rehearse`` runs every part on a
+CPU at small sizes, in Triton's interpreter: its figures say nothing. Every case of one weight is checked against
+float64 before it is timed, and every other against a way that was.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -28,14 +30,18 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from lorastack import LoadedLora, LoraStack  # noqa: E402
 from lorastack.torch import Handle, attach  # noqa: E402
 from lorastack.torch.layer import LiveLayer  # noqa: E402
-from lorastack.torch.ways import Way  # noqa: E402
+from lorastack.torch.passes import CURRENT  # noqa: E402
+from lorastack.torch.ways import Way, board, choice, pages  # noqa: E402
 from lorastack.torch.ways.dense import DENSE  # noqa: E402
 from lorastack.torch.ways.pages import PAGES  # noqa: E402
+from lorastack.torch.ways.shrunk import Shrunk  # noqa: E402
 
 DEVICE = "cpu" if REHEARSE else "cuda"
 DTYPE = torch.float32 if REHEARSE else torch.bfloat16
 RANK = 16
 WAYS: dict[str, Way] = {"pages": PAGES, "dense": DENSE}
+#: What is asked of `rows()`: None has the way that was set for every layer.
+ASKED: dict[str, tuple[Way, str | None]] = {"pages": (PAGES, None), "dense": (DENSE, None), "fast": (PAGES, "fast")}
 FOUND: list[dict] = []
 
 
@@ -99,7 +105,7 @@ def loras_for(weights: dict[str, tuple[int, int]], count: int) -> list[LoadedLor
 
 def with_way(way: Way) -> None:
     """Every layer computes its rows so."""
-    LiveLayer._way = lambda self, total: way  # type: ignore[method-assign]
+    choice.own = lambda layer: way
 
 
 def mixtures_of(rows: int, adapters: int, per: int, shift: int = 0) -> list[dict[str, float]]:
@@ -137,9 +143,10 @@ def one_weight(copy: float) -> None:
             "base_us": round(base * 1e6, 2),
             "floor_us": round((used * RANK * 2 * hidden * 2 + tokens * hidden * 6) / copy * 1e6, 2),
         }
-        for name, way in WAYS.items():
+        for name, (way, asked) in ASKED.items():
             with_way(way)
-            with attach(model, LoraStack([(lora, 1.0) for lora in loras])) as handle, handle.rows(mixtures):
+            stack = LoraStack([(lora, 1.0) for lora in loras])
+            with attach(model, stack) as handle, handle.rows(mixtures, way=asked):
                 error = error_of(model[0], loras, "0.weight", x, mixtures)
                 run = seconds(lambda m=model, x=x: [layer(x) for layer in m]) / many
             row |= {f"{name}_us": round((run - base) * 1e6, 2), f"{name}_error": f"{error:.1e}"}
@@ -222,28 +229,28 @@ def steps() -> None:
             "per_row": per,
             "base_ms": round(base * 1e3, 4),
         }
-        for name, way in WAYS.items():
+        for name, (way, asked) in ASKED.items():
             with_way(way)
             with attach(model, LoraStack([(lora, 1.0) for lora in loras])) as handle:
                 row |= {
                     f"{name}_{key}": value
-                    for key, value in rows_figures(handle, call, base, eager, rows, adapters, per).items()
+                    for key, value in rows_figures(handle, call, base, eager, rows, adapters, per, asked).items()
                 }
         say(**row)
 
 
 def rows_figures(
-    handle: Handle, call: Callable, base: float, eager: float, rows: int, adapters: int, per: int
+    handle: Handle, call: Callable, base: float, eager: float, rows: int, adapters: int, per: int, asked: str | None
 ) -> dict[str, float]:
     shift = 0
 
     def new() -> object:
         nonlocal shift
         shift += 1
-        with handle.rows(mixtures_of(rows, adapters, per, shift)):
+        with handle.rows(mixtures_of(rows, adapters, per, shift), way=asked):
             return call()
 
-    with handle.rows(mixtures_of(rows, adapters, per)):
+    with handle.rows(mixtures_of(rows, adapters, per), way=asked):
         captured, warm = seconds(call), seconds(call, captured=False)
     first = seconds(new, captured=False)
     return {
@@ -251,6 +258,123 @@ def rows_figures(
         "eager_over_base": round(warm / eager, 3),
         "new_over_warm": round(first / warm, 3),
     }
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Every layer has a shrink of its own."""
+    expected = Shrunk._expect
+    Shrunk._expect = lambda self, layer: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Shrunk._expect = expected  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def small_tiles() -> Iterator[None]:
+    """Tiles of 16 rows, however many tokens a row has."""
+    tiles = board.TILES
+    board.TILES = ((0, 16),)
+    try:
+        yield
+    finally:
+        board.TILES = tiles
+
+
+@contextlib.contextmanager
+def ahead(handle: Handle) -> Iterator[None]:
+    """The shrink of a layer runs on a side stream, beside the base's product: launched before, waited for after."""
+    side = torch.cuda.Stream() if DEVICE == "cuda" else None
+    expand = pages.expand
+
+    def before(layer: LiveLayer, x: torch.Tensor) -> None:
+        running = CURRENT.running
+        if running is None or running.mixture is None or any(known.is_of(x) for known in running.shrunk):
+            return
+        boards = running.mixture.boards(running, x.numel() // x.shape[-1], layer.layout)
+        if side is not None:
+            side.wait_stream(torch.cuda.current_stream())
+        with contextlib.nullcontext() if side is None else torch.cuda.stream(side):
+            made = pages._computed([layer, *layer.followers], x, boards)
+        if side is not None:
+            x.record_stream(side)
+            for part in (part for parts in made.values() for part in parts):
+                part.record_stream(torch.cuda.current_stream())
+        running.shrunk = (Shrunk(x, layer, made), *running.shrunk)[: pages._INPUTS]
+
+    def waiting(*given: object) -> None:
+        if side is not None:
+            torch.cuda.current_stream().wait_stream(side)
+        expand(*given)
+
+    hooks = [
+        layer.place.module.register_forward_pre_hook(lambda module, args, layer=layer: before(layer, args[0]))
+        for layer in handle._assembly.live_layers()
+    ]
+    pages.expand = waiting
+    try:
+        yield
+    finally:
+        pages.expand = expand
+        for hook in hooks:
+            hook.remove()
+
+
+def one_thing_less() -> None:
+    """A decode step and a prefill as they are, and without what is there for speed; and the shrink on a side stream."""
+    model, weights = model_of()
+    with_way(PAGES)
+    for rows, length, adapters, per in [(32, 1, 16, 1), (32, 1, 16, 3), (4, 512, 4, 1)][: 1 if REHEARSE else None]:
+        rows, adapters = (4, 2) if REHEARSE else (rows, adapters)
+        ids = torch.randint(3, 64, (rows, length), device=DEVICE)
+
+        def call(ids: torch.Tensor = ids) -> torch.Tensor:
+            return model(ids, use_cache=False).logits
+
+        row = {"part": "one thing less", "rows": rows, "tokens": length, "adapters": adapters, "per_row": per}
+        base = seconds(call)
+        stack = LoraStack([(lora, 1.0) for lora in loras_for(weights, adapters)])
+        wanted = None
+        for name in ("as it is", "each its own shrink", "tiles of 16", "shrink on a side stream"):
+            with contextlib.ExitStack() as parts:
+                if name == "each its own shrink":
+                    parts.enter_context(alone())
+                if name == "tiles of 16":
+                    parts.enter_context(small_tiles())
+                handle = parts.enter_context(attach(model, stack))
+                if name == "shrink on a side stream":
+                    parts.enter_context(ahead(handle))
+                parts.enter_context(handle.rows(mixtures_of(rows, adapters, per)))
+                found = [call() for _ in range(2)][-1].float()
+                wanted = found if wanted is None else wanted
+                error = float((found - wanted).norm() / wanted.norm())
+                assert error < 2e-2, (name, error)
+                row[f"{name}, over base"] = round(seconds(call) / base, 3)
+        say(**row)
+
+
+def compiled() -> None:
+    """A compiled decode step: the kernels as one operator in its graph, against dense products there."""
+    model, weights = model_of()
+    rows, adapters = (4, 2) if REHEARSE else (32, 16)
+    ids = torch.randint(3, 64, (rows, 1), device=DEVICE)
+    stack = LoraStack([(lora, 1.0) for lora in loras_for(weights, adapters)])
+    row: dict[str, object] = {"part": "compiled", "rows": rows, "adapters": adapters}
+    torch._dynamo.reset()
+    live = torch.compile(model, backend="aot_eager" if REHEARSE else "inductor")
+    base = seconds(lambda: live(ids, use_cache=False))
+    for name, way in WAYS.items():
+        with_way(way)
+        with attach(model, stack) as handle, handle.rows(mixtures_of(rows, adapters, 1)):
+            wanted = model(ids, use_cache=False).logits.float()
+            torch._dynamo.reset()
+            live = torch.compile(model, backend="aot_eager" if REHEARSE else "inductor")
+            found = live(ids, use_cache=False).logits.float()
+            error = float((found - wanted).norm() / wanted.norm())
+            assert error < 2e-2, (name, error)
+            row[f"{name}_over_base"] = round(seconds(lambda live=live: live(ids, use_cache=False)) / base, 3)
+    say(**row)
 
 
 def replayed() -> None:
@@ -319,22 +443,32 @@ def against_peft() -> None:
     )
 
 
+PARTS: dict[str, Callable[[float], None]] = {
+    "weight": one_weight,
+    "steps": lambda copy: steps(),
+    "less": lambda copy: one_thing_less(),
+    "replayed": lambda copy: replayed(),
+    "compiled": lambda copy: compiled(),
+    "peft": lambda copy: against_peft(),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--only", choices=PARTS, help="one part instead of all")
     said = parser.parse_args()
     if not REHEARSE and not torch.cuda.is_available():
         sys.exit("no CUDA device here; --rehearse runs the parts on a CPU, for their errors only")
     warnings.simplefilter("ignore")
-    with torch.inference_mode():
+    with torch.no_grad():  # inference tensors do not tell whether they were changed, so that layers share nothing
         copy = bandwidth()
         name = "rehearsal on a CPU" if REHEARSE else torch.cuda.get_device_name()
         say(part="device", name=name, torch=torch.__version__, copy_tb_s=round(copy * 1e-12, 2))
-        one_weight(copy)
-        steps()
-        replayed()
-        against_peft()
+        for part, run in PARTS.items():
+            if said.only in (None, part):
+                run(copy)
     if said.out:
         (said.out / "gpu.json").write_text(json.dumps(FOUND, indent=1))
 

@@ -83,7 +83,7 @@ def test_ways_agree(setup, monkeypatch) -> None:
     ids = tokens(len(MIXTURES), 6)
     found = []
     for ranks in (0, 10**9):  # each row its own, dense
-        monkeypatch.setattr("lorastack.torch.layer.DENSE_RANKS", ranks)
+        monkeypatch.setattr("lorastack.torch.ways.choice.DENSE_RANKS", ranks)
         with attach(model, LoraStack([(x, 1.0) for x in three])) as handle, torch.no_grad(), handle.rows(MIXTURES):
             found.append(model(input_ids=ids).logits)
     assert far(found[0], found[1]) < 1e-5
@@ -97,7 +97,7 @@ def test_a_nan_adapter_in_one_row_leaves_the_others_clean(setup, monkeypatch) ->
     ids = tokens(4, 5)
     mixtures: list[dict[str, float]] = [{"a0": 1.0}, {"nan": 1.0}, {}, {"a1": 1.0}]
     for ranks in (0, 10**9):
-        monkeypatch.setattr("lorastack.torch.layer.DENSE_RANKS", ranks)
+        monkeypatch.setattr("lorastack.torch.ways.choice.DENSE_RANKS", ranks)
         stack = LoraStack([(three[0], 1.0), (broken, 1.0), (three[1], 1.0)])
         with attach(model, stack) as handle, torch.no_grad(), handle.rows(mixtures):
             found = model(input_ids=ids).logits

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +19,6 @@ from torch._dynamo.testing import CompileCounter
 from lorastack import LoadedLora, LoraStack
 from lorastack.errors import ArgumentError, UnknownNameError
 from lorastack.torch import Handle, attach
-from lorastack.torch.pool import PAGE
 from tests.torch.tiny import far
 
 N_IN, N_OUT = 24, 20
@@ -64,7 +65,7 @@ mixture = st.dictionaries(
 def test_random_compositions_are_the_sum_in_float64(
     own: tuple[int, ...], ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorastack.torch.layer.DENSE_RANKS", ranks)
+    monkeypatch.setattr("lorastack.torch.ways.choice.DENSE_RANKS", ranks)
     model, handle, loras = one_layer(own)
 
     @settings(max_examples=60, deadline=None)
@@ -80,7 +81,7 @@ def test_random_compositions_are_the_sum_in_float64(
 
 @pytest.mark.parametrize("ranks", [0, 10**9])
 def test_random_packed_compositions_are_the_sum_in_float64(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorastack.torch.layer.DENSE_RANKS", ranks)
+    monkeypatch.setattr("lorastack.torch.ways.choice.DENSE_RANKS", ranks)
     model, handle, loras = one_layer()
 
     @settings(max_examples=40, deadline=None)
@@ -101,7 +102,7 @@ def test_random_packed_compositions_are_the_sum_in_float64(ranks: int, monkeypat
 def test_a_row_is_the_same_to_the_bit_whatever_its_neighbours(
     ranks: int, dtype: torch.dtype, tokens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorastack.torch.layer.DENSE_RANKS", ranks)
+    monkeypatch.setattr("lorastack.torch.ways.choice.DENSE_RANKS", ranks)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(96, 80)).to(dtype).eval()
     loras = [random_lora(n, rank, (80, 96)) for n, rank in enumerate((16, 16, 16, 5, 40))]
@@ -124,32 +125,101 @@ def test_a_row_is_the_same_to_the_bit_whatever_its_neighbours(
     assert not seen[0].isnan().any()
 
 
-def test_pages_stay_where_they_are_and_are_filled_again() -> None:
+def test_factors_stay_where_they_are_and_free_ranks_are_filled_again() -> None:
     model, handle, loras = one_layer((3, 17, 16))
     x = torch.randn(2, N_IN)
+    layer = handle._layers["0.weight"]
 
     def holds(mixtures: list[dict[str, float]]) -> None:
-        with torch.no_grad(), handle.rows(mixtures):
-            assert far(model(x).double(), expected(model, loras, x, mixtures)) < 1e-5
+        mean = {lora.name: handle.scales[lora.name] for lora in loras if lora.name in handle.scales}
+        with torch.no_grad():
+            assert far(model(x).double(), expected(model, loras, x, [mean] * 2)) < 1e-5
+            with handle.rows(mixtures):
+                assert far(model(x).double(), expected(model, loras, x, mixtures)) < 1e-5
+
+    def spans() -> dict[int, tuple[int, int]]:
+        return {slot.entry: (slot.first, slot.rank) for slot in layer.slots}
 
     holds([{"a0": 1.0}, {"a1": -1.0, "a2": 0.5}])
-    pool = handle._layers["0.weight"].pool
-    assert pool.a.shape == (4, PAGE, N_IN)
-    memory = pool.a.data_ptr(), pool.b.data_ptr()
+    assert (layer.a.shape, layer.b.shape) == ((36, N_IN), (36, N_OUT))
+    memory = layer.a.data_ptr(), layer.b.data_ptr()
     handle.remove("a1")
-    loras[1] = random_lora(1, 30)
+    holds([{"a0": 1.0}, {"a2": 0.5}])
+    assert spans() == {0: (0, 3), 1: (20, 16)}
+    loras[1] = random_lora(1, 14)
     handle.push(loras[1])
     holds([{"a2": 2.0}, {"a1": 1.0, "a0": 0.5}])
-    assert (pool.a.data_ptr(), pool.b.data_ptr()) == memory, "30 ranks go into the two pages that 17 left"
+    assert spans() == {0: (0, 3), 1: (20, 16), 2: (3, 14)}, "14 ranks go where 17 were"
+    assert (layer.a.data_ptr(), layer.b.data_ptr()) == memory
     loras.append(random_lora(3, 1))
     handle.push(loras[3])
     holds([{"a3": 2.0}, {"a1": 1.0, "a3": 0.5}])
-    assert pool.used == 5
-    handle.remove("a0")
+    assert spans()[3] == (17, 1)
     broken = LoadedLora.from_tensors({"0.weight": (np.ones((1, 3)), np.ones((2, 1)))}, name="broken")
     with pytest.raises(Exception, match="broken"):
         handle.replace("a2", broken)
     holds([{"a3": 2.0}, {"a1": 1.0, "a2": 0.5}])
+    handle.remove("a2")
+    assert (len(layer.a), layer.a.data_ptr()) == (18, memory[0]), "what lies behind the last adapter is not computed"
+    loras[2] = random_lora(2, 40)
+    handle.push(loras[2])
+    holds([{"a3": 2.0, "a2": -1.0}, {"a1": 1.0, "a0": 0.5}])
+
+
+def test_what_was_freed_is_no_longer_there_even_if_it_was_nan_or_grows_to_infinity() -> None:
+    model, handle, loras = one_layer((3, 4, 5))
+    bad = np.full((2, N_IN), np.nan, np.float32), np.full((N_OUT, 2), np.inf, np.float32)
+    for factors in (bad, (np.full((2, N_IN), 3e38, np.float32), np.full((N_OUT, 2), 3e38, np.float32))):
+        handle.push(LoadedLora.from_tensors({"0.weight": factors}, name="bad", allow_nonfinite=True))
+        handle.push(random_lora(9, 3))
+        handle.remove("bad")
+        x, own = torch.randn(2, N_IN), {"a0": 1.0, "a1": 1.0, "a2": 1.0, "a9": 1.0}
+        with torch.no_grad():
+            assert far(model(x).double(), expected(model, [*loras, random_lora(9, 3)], x, [own] * 2)) < 1e-5
+        handle.remove("a9")
+
+
+def factor_bytes(loras: list[LoadedLora], itemsize: int) -> int:
+    return sum(f.shape[0] * f.shape[1] for lora in loras for d in lora.adapters.values() for f in d.factors) * itemsize
+
+
+def storages_of(*roots: Any) -> int:
+    """Bytes of all tensors that are reached from these, without the model's own modules."""
+    seen: set[int] = set()
+    found: dict[int, int] = {}
+    left = list(roots)
+    plain = (type, types.ModuleType, types.FunctionType, types.FrameType, nn.Module)
+    while left:
+        one = left.pop()
+        if id(one) in seen or isinstance(one, plain):
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+            continue
+        left += gc.get_referents(one)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [(4,) * 6, (3, 16, 33), (16,) * 5])
+def test_factors_are_held_once_whoever_reads_them(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
+    shape = (512, 768)
+    model = nn.Sequential(nn.Linear(shape[1], shape[0])).to(dtype).eval()
+    loras = [random_lora(n, rank, shape) for n, rank in enumerate(ranks)]
+    own = factor_bytes(loras, dtype.itemsize)
+    x = torch.randn(4, shape[1]).to(dtype)
+    with attach(model, LoraStack([(lora, 1.0) for lora in loras])) as handle, torch.no_grad():
+        model(x)
+        with handle.rows([{"a0": 1.0}, {}, {"a1": 1.0, "a2": 0.5}, {"a2": 1.0}]):
+            model(x)
+            plan = handle.current()
+            assert own <= storages_of(handle, plan) <= 1.1 * own
+        assert handle.report.nbytes == own
+        handle.remove("a0")
+        with handle.rows([{"a1": 1.0}] * 4):
+            model(x)
+            assert storages_of(handle) <= 1.1 * own, "what was removed is not kept beside the others"
 
 
 def test_layers_alike_share_what_a_composition_comes_to() -> None:
@@ -194,7 +264,7 @@ def test_twenty_compositions_and_nine_threads_compile_at_most_twice() -> None:
 
 @pytest.mark.parametrize("ranks", [0, 10**9])
 def test_a_plan_is_written_again_in_the_same_memory(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorastack.torch.layer.DENSE_RANKS", ranks)
+    monkeypatch.setattr("lorastack.torch.ways.choice.DENSE_RANKS", ranks)
     model, handle, loras = one_layer()
     x = torch.randn(3, N_IN)
     with handle.rows([{"a0": 1.0}, {}, {"a1": 1.0}]), torch.no_grad():

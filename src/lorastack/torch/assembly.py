@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -272,12 +274,17 @@ class Assembly:
         missing: dict[str, list[str]],
     ) -> str:
         first = len(self.candidates)
+        coming = Counter[str]()
+        for part in itertools.chain(*prepared):
+            coming[part.place.name] += part.rank
         for entry, parts in enumerate(prepared, first):
             for part in parts:
-                layer = self.layers.get(part.place.name)
+                name = part.place.name
+                layer = self.layers.get(name)
                 if layer is None:
-                    layer = self.layers[part.place.name] = self._layer_for(part)
-                layer.add(entry, part)
+                    layer = self.layers[name] = self._layer_for(part)
+                layer.add(entry, part, coming[name])
+                coming[name] -= part.rank
         self.candidates += candidates
         self.patches += patches
         self.report.missing |= missing

@@ -38,17 +38,19 @@ class LiveParameter:
         self.reached = False
         self._shown = self.time_first = False
 
-    def add(self, entry: int, part: Prepared) -> None:
+    def add(self, entry: int, part: Prepared, coming: int = 0) -> None:
         """Put an adapter's factors behind the others'."""
         self._parts.append((part.a, part.b))
+        self.slots.append(Slot(entry, self.rank, part.rank, part.scaling, None, None, part.finite))
         self.rank += part.rank
-        self.slots.append(Slot(entry, part.rank, part.scaling, None, None, part.finite))
 
     def remove(self, entry: int) -> None:
         kept = [n for n, slot in enumerate(self.slots) if slot.entry != entry]
         self._parts = [self._parts[n] for n in kept]
-        self.slots = [self.slots[n]._replace(entry=self.slots[n].entry - (self.slots[n].entry > entry)) for n in kept]
-        self.rank = sum(slot.rank for slot in self.slots)
+        slots, self.slots, self.rank = [self.slots[n] for n in kept], [], 0
+        for slot in slots:
+            self.slots.append(slot._replace(entry=slot.entry - (slot.entry > entry), first=self.rank))
+            self.rank += slot.rank
 
     @property
     def nbytes(self) -> int:
@@ -74,12 +76,11 @@ class LiveParameter:
     def lay_out(self, known: dict[Any, Layout]) -> None:
         """Have the module compute with these adapters by row, and see which of the known layouts this is."""
         left, right = self._factors([part[1] for part in self._parts])
-        firsts = [sum(slot.rank for slot in self.slots[:n]) for n in range(len(self.slots))]
-        spans = {slot.entry: (at, slot.rank, slot.scaling) for slot, at in zip(self.slots, firsts, strict=True)}
+        spans = {slot.entry: (slot.first, slot.rank, slot.scaling) for slot in self.slots}
         total, device = left.shape[-1], left.device
-        key = (tuple(spans.items()), total, self.dtype, device)
+        key = (tuple(spans.items()), total, self.dtype, self.dtype, device)
         if key not in known:
-            known[key] = Layout(spans, total, self.dtype, device)
+            known[key] = Layout(spans, total, self.dtype, self.dtype, device)
         module: Any = self.place.module
         a, b = (left, right) if module.is_transposed else (right.mT, left.mT)
         self._by_row().updates[self.place.parameter] = Update(a, b, known[key], self)
@@ -119,10 +120,10 @@ class LiveParameter:
             return
         weight = self.place.module._parameters[self.place.parameter]
         assert weight is not None
-        start, folded = 0, []
-        for (_, b), slot in zip(self._parts, self.slots, strict=True):
-            folded.append(b * self.s[start : start + slot.rank])
-            start += slot.rank
+        folded = [
+            b * self.s[slot.first : slot.first + slot.rank]
+            for (_, b), slot in zip(self._parts, self.slots, strict=True)
+        ]
         left, right = self._factors(folded)
         self.place.module.__dict__[self.place.parameter] = LoraWeight.of(weight, left, right, self)
 

@@ -107,9 +107,9 @@ class ExpertsByRow:
 
     def _row_of_each(self, running: Pass, x: torch.Tensor) -> torch.Tensor:
         mixture = running.mixture
-        index = mixture.index_for(running, len(x))
+        index: torch.Tensor | None = mixture.index_on(running, len(x), x.device)
         if index is not None:
-            return index.to(x.device)
+            return index
         rows_of_layer(x, running.rows, "experts")
         each = torch.arange(mixture.rows, device=x.device)
         return each.repeat_interleave(len(x) // mixture.rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
@@ -16,37 +16,20 @@ from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, Problems, UnknownNameError, UnsupportedError, did_you_mean
 from lorastack.torch.assembly import Assembly, Live, Report
 from lorastack.torch.experts import LiveParameter
+from lorastack.torch.layer import LiveLayer
 from lorastack.torch.layout import without_rows
 from lorastack.torch.parts import Parts, roots_of
-from lorastack.torch.plan import Plan, plan_of_context
+from lorastack.torch.plan import Plan, plan_of_context, token_rows
 from lorastack.torch.rows import Mixture
 from lorastack.torch.schedule import Schedule
 from lorastack.torch.tiles import Wanted
+from lorastack.torch.unused import Unused
+from lorastack.torch.ways import choice
 
 __all__ = ["ATTACHED", "Handle", "Report"]
 
 #: Models that have a stack, so that none gets a second one by mistake; a model that is dropped takes its handle along.
 ATTACHED: WeakKeyDictionary[nn.Module, ReferenceType[Handle]] = WeakKeyDictionary()
-
-
-class Unused(NamedTuple):
-    """Weights that no pass has come to."""
-
-    #: Of modules that their model did not call: a part that this input does not need, or one that has no effect at all.
-    modules: tuple[str, ...]
-    #: Of experts that no token was sent to.
-    experts: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.modules or self.experts)
-
-    def __str__(self) -> str:
-        said = []
-        if self.modules:
-            said.append(f"{len(self.modules)} weights had no effect, such as {self.modules[0]}: no pass came there")
-        if self.experts:
-            said.append(f"{len(self.experts)} weights are of experts that no token was sent to")
-        return "; ".join(said)
 
 
 class Handle:
@@ -217,6 +200,7 @@ class Handle:
         cu_seqlens: Sequence[int] | torch.Tensor | None = None,
         index: Sequence[int] | torch.Tensor | None = None,
         copies: int = 1,
+        way: str | None = None,
     ) -> Iterator[Handle]:
         """Inside this context row i of the batch has the adapters and scales of ``mixtures[i]``, and no others.
 
@@ -235,16 +219,24 @@ class Handle:
         copies
             How often each row stands in the batch, side by side; transformers' ``generate`` is asked for its beams and
             returned sequences.
+        way
+            How linear layers compute the rows. By itself that depends on the layer and on what is attached, and a row
+            is the same to the bit whatever adapters its neighbours have. ``"fast"`` takes what is faster for this
+            batch, and gives that up: a row may differ in its last bits beside other neighbours. ``"dense"``,
+            ``"each"`` and ``"pages"`` ask for one; a layer that cannot have it has its own. `Plan.ways` says what was
+            taken.
 
         Raises
         ------
         UnknownNameError
             Listing every name that is not attached.
+        ArgumentError
+            When no way is named so, listing those there are.
         ShapeError
             In a pass whose batch has another number of rows.
         UnsupportedError
-            Listing every adapter with biases of the base, saved modules, new tokens or experts, which have no row; and
-            on a pipeline, which makes rows of its own of the prompts.
+            Listing every adapter with biases of the base, saved modules, new tokens or experts, which have no row; on a
+            pipeline, which makes rows of its own of the prompts; and for ``way="pages"`` without what they need.
         """
         self._check_attached()
         if isinstance(self.model, Parts):
@@ -256,8 +248,10 @@ class Handle:
         self._wanted(mixtures)
         if copies < 1:
             raise ArgumentError(f"copies is {copies}; each row stands at least once")
-        rows = _token_rows(cu_seqlens, index, len(mixtures))
-        with self._plan(mixtures, rows, copies):
+        choice.check_name(way)
+        choice.check_pages(way, self._mixed_layers())
+        rows = token_rows(cu_seqlens, index, len(mixtures))
+        with self._plan(mixtures, rows, copies, way):
             yield self
 
     def plain(self) -> Plan:
@@ -269,18 +263,34 @@ class Handle:
         """The plan that holds here: ``with plan:`` in another thread gives its passes the same rows."""
         return plan_of_context(self._assembly.passes.number) or self.plain()
 
-    def _plan(self, mixtures: Sequence[Mapping[str, float]] | None, index: torch.Tensor | None, copies: int) -> Plan:
+    def _plan(
+        self,
+        mixtures: Sequence[Mapping[str, float]] | None,
+        index: torch.Tensor | None,
+        copies: int,
+        way: str | None = None,
+    ) -> Plan:
         assembly = self._assembly
 
         def make(now: Sequence[Mapping[str, float]]) -> Mixture:
-            return Mixture(self._wanted(now), len(self.names), index, assembly.layouts())
+            layouts = assembly.layouts()
+            paged = {layer.layout: None for layer in self._mixed_layers() if choice.may_be_paged(layer, way)}
+            return Mixture(self._wanted(now), len(self.names), index, layouts, way, list(paged))
+
+        def ways(made: Mixture) -> dict[str, str]:
+            return {layer.name: made.taken.get(layer.name) or choice.said(layer) for layer in assembly.live_layers()}
 
         def write(made: Mixture, others: Sequence[Mapping[str, float]]) -> None:
             wanted = self._wanted(others)
             with assembly.passes.between("a plan is written"):
                 made.write(wanted)
 
-        return Plan(assembly.passes.number, assembly.passes.holders, mixtures, make, index, copies, write)
+        passes = assembly.passes
+        return Plan(passes.number, passes.holders, mixtures, make, index, copies, write, way, ways)
+
+    def _mixed_layers(self) -> list[LiveLayer]:
+        self._assembly.layouts()
+        return [layer for layer in self._assembly.live_layers() if layer.way is not None]
 
     def _wanted(self, mixtures: Sequence[Mapping[str, float]]) -> list[Wanted]:
         """The adapters of each row by position, in the order of the stack, without those at scale 0."""
@@ -376,20 +386,3 @@ def _checked(scale: float) -> float:
     if not isinstance(scale, (int, float)) or scale != scale or scale in (float("inf"), float("-inf")):
         raise ArgumentError(f"a scale is a finite number, got {scale!r}")
     return float(scale)
-
-
-def _token_rows(cu_seqlens: Any, index: Any, rows: int) -> torch.Tensor | None:
-    """The row of every token of a packed batch; None for an ordinary one."""
-    if cu_seqlens is not None and index is not None:
-        raise ArgumentError("give cu_seqlens or index, not both")
-    if cu_seqlens is not None:
-        bounds = torch.as_tensor(cu_seqlens).long()
-        if len(bounds) != rows + 1 or bounds[0] != 0 or bool((bounds.diff() < 0).any()):
-            raise ArgumentError(f"cu_seqlens is {bounds.tolist()}, expected 0 and {rows} ascending ends")
-        return torch.repeat_interleave(torch.arange(rows), bounds.diff())
-    if index is None:
-        return None
-    index = torch.as_tensor(index).long().reshape(-1)
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < rows:
-        raise ArgumentError(f"index names rows {int(index.min())} to {int(index.max())}, there are {rows}")
-    return index

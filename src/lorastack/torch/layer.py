@@ -15,27 +15,21 @@ from lorastack.torch.activation import mask
 from lorastack.torch.factors import Factors
 from lorastack.torch.passes import CURRENT, Pass, Passes, eager, not_pickled
 from lorastack.torch.places import Place
-from lorastack.torch.pool import PAGE, Pool
 from lorastack.torch.prepared import Slot
 from lorastack.torch.rows import product_type
 from lorastack.torch.tensors import as_looked_up
 from lorastack.torch.tiles import Layout
-from lorastack.torch.ways import Way
-from lorastack.torch.ways.dense import DENSE
-from lorastack.torch.ways.each import EACH
-from lorastack.torch.ways.pages import PAGES, there_is_triton
+from lorastack.torch.ways import Way, choice
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-#: Up to so many ranks all rows share two products; beyond, on a CPU, each has its own.
-DENSE_RANKS = 2 * PAGE
 
 
 class LiveLayer(Factors):
     """The factors at one place; ``hook`` adds their sum to the module's output."""
 
     def __init__(self, place: Place, dtype: torch.dtype, passes: Passes) -> None:
-        super().__init__(lambda *given: _grown(*given))
+        super().__init__()
         self.place = place
         self.name = place.name
         self.dtype = dtype
@@ -47,11 +41,10 @@ class LiveLayer(Factors):
         #: Whether the batch is the second axis here.
         self.time_first = False
         self._handle: Any = None
-        #: By row: the factors in pages, made when rows are first asked for, where adapters lie, and how it is computed;
-        #: without pages and a way, adapter after adapter.
-        self.pool: Any = None
+        #: By row: where adapters lie, and how it is computed; without a way, adapter after adapter.
         self.layout: Any = None
         self.way: Way | None = None
+        self.followers: list[LiveLayer] = []
 
     def __deepcopy__(self, memo: Any) -> LiveLayer:
         return self  # a copy of an attached model has what the model has, until it is detached
@@ -106,25 +99,21 @@ class LiveLayer(Factors):
                 return self._by_row(running, *turned, False).transpose(0, 1).contiguous()
             return self._by_row(running, x, output, self.may_add_in_place(output))
         if self.in_order:
-            return self._one_by_one(x, output, lambda t, a: F.linear(t, a), lambda t, b: F.linear(t, b))
+            return self._one_by_one(x, output, F.linear, torch.matmul)
         h = F.linear(x, self.a) * self.s
         if h.dtype != output.dtype:
-            return (output.to(h.dtype) + self._biased(F.linear(h, self.b))).to(output.dtype)
+            return (output.to(h.dtype) + self._biased(h @ self.b)).to(output.dtype)
         flat = output.reshape(-1, output.shape[-1])
         h = h.reshape(-1, h.shape[-1])
         if self.may_add_in_place(output):
-            flat.addmm_(h, self.b.t())
+            flat.addmm_(h, self.b)
             return self._biased(output)
-        return self._biased(torch.addmm(flat, h, self.b.t()).view(output.shape))
+        return self._biased(torch.addmm(flat, h, self.b).view(output.shape))
 
     def _by_row(self, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
-        way = self.way
-        if way in (EACH, PAGES) and (
-            torch.compiler.is_compiling() or (torch.is_grad_enabled() and output.requires_grad)
-        ):
-            way = None if self.in_order else DENSE
+        way = choice.of_pass(self, running, x, output)
         if way is None:
-            return self._one_by_one(x, output, F.linear, F.linear, running)
+            return self._one_by_one(x, output, F.linear, torch.matmul, running)
         added = way.add(self, running, x, output, in_place)
         for slot in self.slots if self.biased else ():
             if slot.bias is not None:
@@ -133,53 +122,37 @@ class LiveLayer(Factors):
         return added
 
     def lay_out(self, known: dict[Any, Layout]) -> None:
-        """Put what came or went since into the pages, and see which of the known layouts this is, or add one."""
-        by_page = self.kind == "linear" and not self.gated and all(slot.dora is None for slot in self.slots)
+        """See which of the known layouts this is, or add one."""
+        mixed = self.kind == "linear" and not self.gated and all(slot.dora is None for slot in self.slots)
         device = self.a.device
-        dtype = product_type(self.dtype, device) if by_page else self.dtype
-        if by_page:
-            self.pool = self.pool or Pool(self.a.shape[1], self.b.shape[0], dtype, device)
-            self.pool.keep(self.slots, self.a, self.b)
-            firsts = [self.pool.first_page(slot.key) * PAGE for slot in self.slots]
-            total = self.pool.used * PAGE
-        else:
-            self.pool = None
-            firsts = [sum(slot.rank for slot in self.slots[:n]) for n in range(len(self.slots))]
-            total = self.rank
-        spans = {slot.entry: (at, slot.rank, slot.scaling) for slot, at in zip(self.slots, firsts, strict=True)}
-        key = (tuple(spans.items()), total, dtype, device)
+        dtype = product_type(self.dtype, device) if mixed else self.dtype
+        spans = {slot.entry: (slot.first, slot.rank, slot.scaling) for slot in self.slots}
+        key = (tuple(spans.items()), self.rank, dtype, self.dtype, device)
         if key not in known:
-            known[key] = Layout(spans, total, dtype, device)
+            known[key] = Layout(spans, self.rank, dtype, self.dtype, device)
         self.layout = known[key]
-        self.way = self._way(total) if by_page else None
-
-    def _way(self, total: int) -> Way | None:
-        if self.a.device.type == "cpu" and (total > DENSE_RANKS or self.in_order):
-            return EACH
-        if self.a.device.type == "cuda" and there_is_triton() and self.dtype.itemsize <= 4:
-            return PAGES
-        return None if self.in_order else DENSE
+        self.way = choice.own(self) if mixed else None
+        self.followers = []
 
     def _acting(self, running: Pass, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Adapter after adapter, each where it acts."""
         h = F.linear(x, self.a)
         h = h * self.s if running.mixture is None else running.mixture.masked(self.layout, running, h, x, self.name)
-        result, start = output.to(h.dtype), 0
+        result = output.to(h.dtype)
         for slot in self.slots:
-            stop = start + slot.rank
-            y = F.linear(h[..., start:stop], self.b[:, start:stop])
+            own = slice(slot.first, slot.first + slot.rank)
+            y = h[..., own] @ self.b[own]
             if slot.bias is not None:
-                y = y + self._multiplier(slot, start, running, y) * slot.bias
+                y = y + self._multiplier(slot, running, y) * slot.bias
             if slot.tokens is not None:
                 y = torch.where(mask(running.acting[slot.entry], y), y, 0)
             result = result + y
-            start = stop
         return result.to(output.dtype)
 
-    def _multiplier(self, slot: Slot, start: int, running: Pass | None, like: torch.Tensor) -> torch.Tensor:
+    def _multiplier(self, slot: Slot, running: Pass | None, like: torch.Tensor) -> torch.Tensor:
         """Scale times scaling of an adapter: the stack's, or each row's own."""
         if running is None or running.mixture is None:
-            return self.s[start]
+            return self.s[slot.first]
         made: torch.Tensor = running.mixture.spread(self.layout, slot.entry, running, like, self.kind != "conv")
         return made
 
@@ -215,7 +188,7 @@ class LiveLayer(Factors):
         return a[:, ids.reshape(-1)].t().reshape(*ids.shape, -1)
 
     def _widened(self, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return as_looked_up(self.place.module, F.linear(h, b))
+        return as_looked_up(self.place.module, h @ b)
 
     def _conv(self, running: Pass, module: Any, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)
@@ -229,18 +202,23 @@ class LiveLayer(Factors):
             return conv(t, a, None, module.stride, padding, module.dilation)
 
         conv: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
+
+        def expand(h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = conv(h, b.transpose(0, 1))
+            return made
+
         if self.in_order:
-            return self._one_by_one(x, output, shrink, conv, running)
+            return self._one_by_one(x, output, shrink, expand, running)
         h = shrink(x, self.a)
         channels = 1 if h.dim() == len(module.kernel_size) + 2 else 0
         last = h.movedim(channels, -1)
         last = last * self.s if running.mixture is None else self._masked(running, last)
-        y = conv(last.movedim(-1, channels).contiguous(), self.b)
+        y = expand(last.movedim(-1, channels).contiguous(), self.b)
         like_channels = (-1, *[1] * len(module.kernel_size))
         if running.mixture is not None:
             for slot in self.slots:
                 if slot.bias is not None:
-                    y = y + self._multiplier(slot, 0, running, y) * slot.bias.view(like_channels)
+                    y = y + self._multiplier(slot, running, y) * slot.bias.view(like_channels)
         elif self.bias is not None:
             y = y + self.bias.view(like_channels)
         return (output.to(y.dtype) + y).to(output.dtype)
@@ -254,20 +232,17 @@ class LiveLayer(Factors):
         """
         result = output.to(self.dtype)
         by_row = running is not None and running.mixture is not None
-        start = 0
         for slot in self.slots:
-            stop = start + slot.rank
-            if not by_row and not slot.finite and float(self.s[start]) == 0:
-                start = stop
+            own = slice(slot.first, slot.first + slot.rank)
+            if not by_row and not slot.finite and float(self.s[slot.first]) == 0:
                 continue
-            y = expand(shrink(x, self.a[start:stop]), self.b[:, start:stop].contiguous())
-            scaled = self._multiplier(slot, start, running, result)
+            y = expand(shrink(x, self.a[own]), self.b[own])
+            scaled = self._multiplier(slot, running, result)
             change = slot.dora.change(result, y, slot.scaling, scaled) if slot.dora else scaled * y
             if by_row and slot.bias is not None:
                 trailing = [1] * (result.dim() - 2) if self.kind == "conv" else []
                 change = change + scaled * slot.bias.view(-1, *trailing)
             result = result + (torch.where(scaled != 0, change, 0) if by_row else change)
-            start = stop
         return (result if by_row else self._biased(result)).to(output.dtype)
 
     @property
@@ -277,12 +252,11 @@ class LiveLayer(Factors):
 
     def refresh(self) -> None:
         """The sum of the adapters' lora_B biases at their present scales."""
-        self.bias, start = None, 0
+        self.bias = None
         for slot in self.slots:
             if slot.bias is not None:
-                part = self.s[start] * slot.bias
+                part = self.s[slot.first] * slot.bias
                 self.bias = part if self.bias is None else self.bias + part
-            start += slot.rank
 
     def _biased(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.bias is None else y + self.bias
@@ -329,11 +303,3 @@ def _hooks_on_all() -> bool:
 def _input(args: Args, kwargs: Kwargs) -> torch.Tensor:
     """What the module was called with: its first argument, by place or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
-
-
-def _grown(buffer: torch.Tensor, axis: int, used: int, room: int) -> torch.Tensor:
-    shape = list(buffer.shape)
-    shape[axis] = room
-    grown = buffer.new_empty(shape)
-    grown.narrow(axis, 0, used).copy_(buffer.narrow(axis, 0, used))
-    return grown

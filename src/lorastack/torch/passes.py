@@ -32,7 +32,7 @@ _OURS = str(Path(__file__).parent)
 class Pass:
     """One forward pass of one handle, in one thread."""
 
-    __slots__ = tuple("acting entry frame length logits mixture number outer rows thread uneven".split())
+    __slots__ = tuple("acting entry frame length logits mixture number outer rows shrunk thread uneven".split())
 
     def __init__(self, number: int, entry: Any) -> None:
         #: Of the handle: compiled code compares numbers, which it may keep as constants.
@@ -49,6 +49,8 @@ class Pass:
         self.length = 0
         self.uneven = False
         self.logits: torch.Tensor | None = None
+        #: What the last inputs came to, of layers by pages.
+        self.shrunk: tuple[Any, ...] = ()
         #: Where adapters with invocation tokens act.
         self.acting: Acting = {}
 
@@ -122,6 +124,7 @@ class Passes:
                 new.rows = plan.check_batch(batch)
                 new.uneven = is_uneven(kwargs, new.rows)
                 new.logits = plan.logits_of(kwargs)
+                new.mixture.foresee(new.rows * max(new.length, 1))
             if self.activation is not None:
                 new.acting = self.activation.of(args, kwargs)
         except BaseException:

@@ -53,6 +53,10 @@ class Plan:
         How often each row stands in the batch, side by side.
     write
         (what the rows are computed with, other mixtures) -> nothing; see `write`.
+    way
+        How the rows are computed, where that was asked for.
+    ways
+        (what the rows are computed with) -> weight: the way it is computed.
     """
 
     def __init__(
@@ -64,9 +68,12 @@ class Plan:
         index: torch.Tensor | None = None,
         copies: int = 1,
         write: Callable[[Any, Sequence[Mapping[str, float]]], None] | None = None,
+        way: str | None = None,
+        ways: Callable[[Any], dict[str, str]] | None = None,
     ) -> None:
         self.number, self.mixtures, self.index, self.copies = number, mixtures, index, copies
-        self._holders, self._make, self._write = holders, make, write
+        self.way = way
+        self._holders, self._make, self._write, self._ways = holders, make, write, ways
         self._made: tuple[int, Any] | None = None
 
     def made(self, version: int) -> Any:
@@ -75,6 +82,13 @@ class Plan:
             assert self._make is not None
             self._made = (version, self._make(self.mixtures or ()))
         return self._made[1]
+
+    @property
+    def ways(self) -> dict[str, str]:
+        """Weight -> how its rows were computed in the plan's last pass outside of compiled code: "dense", "each",
+        "pages", or "in order", adapter after adapter. Empty before the first pass, and without rows.
+        """
+        return {} if self._made is None or self._ways is None else self._ways(self._made[1])
 
     def write(self, mixtures: Sequence[Mapping[str, float]]) -> None:
         """Other mixtures in place of the plan's, in the same memory: for a graph that was captured with it.
@@ -134,6 +148,23 @@ class Plan:
             held.open = False
             self._holders.discard(held)
         _HELD.set(tuple(one for one in _HELD.get() if one.open))
+
+
+def token_rows(cu_seqlens: Any, index: Any, rows: int) -> torch.Tensor | None:
+    """The row of every token of a packed batch, on the host; None for an ordinary one."""
+    if cu_seqlens is not None and index is not None:
+        raise ArgumentError("give cu_seqlens or index, not both")
+    if cu_seqlens is not None:
+        bounds = torch.as_tensor(cu_seqlens).long().cpu()
+        if len(bounds) != rows + 1 or bounds[0] != 0 or bool((bounds.diff() < 0).any()):
+            raise ArgumentError(f"cu_seqlens is {bounds.tolist()}, expected 0 and {rows} ascending ends")
+        return torch.repeat_interleave(torch.arange(rows), bounds.diff())
+    if index is None:
+        return None
+    index = torch.as_tensor(index).long().reshape(-1).cpu()
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < rows:
+        raise ArgumentError(f"index names rows {int(index.min())} to {int(index.max())}, there are {rows}")
+    return index
 
 
 #: What models call the tensor that has a row for each row of the batch, the likeliest first.

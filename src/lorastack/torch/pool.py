@@ -1,97 +1,142 @@
-"""Pool: the factors of one layer's adapters in pages of 16 ranks, which every way to compute rows shares.
+"""Pool: memory for the factors of all adapters at one place, which every way to compute reads; they are held once.
 
-A pushed adapter fills free pages, a removed one frees its own, and nothing moves, so that what another plan or a
-captured graph reads stays where it is. An adapter's pages follow each other. What lies behind its last rank is 0.
+``A_all [R, in]`` and ``B_all^T [R, out]`` are row-major, so that an adapter, or a page of the kernels, is a slice of
+both, and no rank is padded. A pushed adapter fills ranks that are free, a removed one frees its own, and nothing moves,
+until there is no room and all is copied to more.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-from lorastack.torch.prepared import Slot
-
-#: Ranks of a page.
+#: Ranks that the kernels take at a time; an adapter's last page has the rest.
 PAGE = 16
+
+#: (first rank, ranks).
+Span = tuple[int, int]
+
+
+class _Gone(list[tuple[int, torch.Tensor, torch.Tensor]]):
+    """What was freed since `Pool.state`: where it lay, and the factors; a list that may be referred to weakly."""
 
 
 class Pool:
-    """``a [pages, 16, in]`` and ``b [pages, 16, out]``; which pages are whose, by the adapters' keys.
+    """``a [R, in, ...]`` and ``b [R, out, ...]``, the ranks that are nobody's included, which are 0."""
 
-    Parameters
-    ----------
-    n_in, n_out
-        Of the layer.
-    dtype
-        The type that products are computed in.
-    """
+    def __init__(self) -> None:
+        self.a = torch.empty(0)
+        self.b = torch.empty(0)
+        #: The same with room for more.
+        self._a: torch.Tensor | None = None
+        self._b: torch.Tensor | None = None
+        # Only as long as somebody holds a state: no factors are kept that nobody can ask for.
+        self._gone: weakref.ref[_Gone] | None = None
 
-    def __init__(self, n_in: int, n_out: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.a = torch.zeros((0, PAGE, n_in), dtype=dtype, device=device)
-        self.b = torch.zeros((0, PAGE, n_out), dtype=dtype, device=device)
-        self._held: dict[int, range] = {}
-        self._flatten()
+    def put(self, a: torch.Tensor, b: torch.Tensor, held: Iterable[Span], coming: int) -> int:
+        """Hold these factors too; returns their first rank.
 
-    def first_page(self, key: int) -> int:
-        """Where an adapter's pages begin."""
-        return self._held[key].start
+        Parameters
+        ----------
+        a, b
+            ``[rank, in, ...]`` and ``[rank, out, ...]``.
+        held
+            The spans that are somebody's.
+        coming
+            Ranks that come with these at once, theirs included: memory is made for exactly so many.
+        """
+        held, rank = sorted(held), len(a)
+        first = _free(held, rank)
+        if self._a is None and coming == rank:
+            # A lone adapter's A stays where it is, perhaps in the adapter's own memory: it is never written to.
+            self._a, self._b = a.contiguous(), b.contiguous()
+        else:
+            end = sum(held[-1]) if held else 0
+            self._make_room(a, b, end, max(first + rank, end + coming * (coming > rank)), coming > rank)
+            assert self._a is not None
+            assert self._b is not None
+            self._a[first : first + rank] = a
+            self._b[first : first + rank] = b
+        self.show([*held, (first, rank)])
+        return first
 
-    @property
-    def used(self) -> int:
-        """Pages up to the last one that is anybody's."""
-        return max((pages.stop for pages in self._held.values()), default=0)
+    def free(self, span: Span, held: Iterable[Span]) -> None:
+        """Let go of a span; others are held still."""
+        assert self._a is not None
+        assert self._b is not None
+        first, end = span[0], span[0] + span[1]
+        gone = self._gone() if self._gone else None
+        if gone is not None:
+            gone.append((first, self._a[first:end].clone(), self._b[first:end].clone()))
+        self._clear(first, end)
+        self.show(held)
 
-    def keep(self, slots: Iterable[Slot], a: torch.Tensor, b: torch.Tensor) -> None:
-        """Hold these adapters and no others; ``a [R, in]`` and ``b [out, R]`` are theirs side by side."""
-        slots = list(slots)
-        wanted = {slot.key for slot in slots}
-        for key in [key for key in self._held if key not in wanted]:
-            pages = self._held.pop(key)
-            self.b[pages.start : pages.stop] = 0  # a factor that nobody has may not be NaN: 0 times it is added
-            self.a[pages.start : pages.stop] = 0
-        at = 0
-        new = []
-        for slot in slots:
-            if slot.key not in self._held:
-                new.append((slot, at))
-            at += slot.rank
-        for slot, _ in new:
-            self._held[slot.key] = self._free(-(-slot.rank // PAGE))
-        self._make_room()
-        for slot, at in new:
-            pages = self._held[slot.key]
-            first = pages.start * PAGE
-            self.ranks_a[first : first + slot.rank] = a[at : at + slot.rank]
-            self.ranks_b[first : first + slot.rank] = b[:, at : at + slot.rank].t()
+    def show(self, held: Iterable[Span]) -> None:
+        """Have ``a`` and ``b`` end with the last rank that is somebody's."""
+        assert self._a is not None
+        assert self._b is not None
+        end = max(first + rank for first, rank in held)
+        self.a, self.b = self._a[:end], self._b[:end]
 
-    def _free(self, count: int) -> range:
-        """The first free pages, that many in a row; beyond what there is when there are none."""
-        at = 0
-        for pages in sorted(self._held.values(), key=lambda held: held.start):
-            if pages.start - at >= count:
-                break
-            at = pages.stop
-        return range(at, at + count)
+    def state(self) -> Any:
+        """What `restore` brings back."""
+        gone = _Gone()
+        self._gone = weakref.ref(gone)
+        return self._a, self._b, gone
 
-    def _make_room(self) -> None:
-        """Memory for all pages that are somebody's, with room for more, since a copy of all is made each time."""
-        there, need = self.a.shape[0], self.used
+    def restore(self, state: Any, held: Iterable[Span]) -> None:
+        """Be as `state` found it, when these spans were held."""
+        self._a, self._b, gone = state
+        held = sorted(held)
+        if self._a is None or self._b is None or not held:
+            return
+        for first, a, b in gone:
+            self._a[first : first + len(a)] = a
+            self._b[first : first + len(b)] = b
+        end = 0
+        for first, rank in held:  # something may have been put between them
+            if first > end:
+                self._clear(end, first)
+            end = first + rank
+        self.show(held)
+
+    def _clear(self, first: int, end: int) -> None:
+        """A factor that nobody has is 0: it is multiplied by 0 and added, and an old one may be NaN, or become Inf."""
+        assert self._a is not None
+        assert self._b is not None
+        self._a[first:end] = 0
+        self._b[first:end] = 0
+
+    def _make_room(self, a: torch.Tensor, b: torch.Tensor, used: int, need: int, exactly: bool) -> None:
+        there = 0 if self._a is None else len(self._a)
         if need <= there:
             return
-        need = max(need, there + there // 2)
-        for name in ("a", "b"):
-            old = getattr(self, name)
-            grown = old.new_zeros((need, *old.shape[1:]))
-            grown[:there] = old
-            setattr(self, name, grown)
-        self._flatten()
-
-    def _flatten(self) -> None:
-        #: The same memory as one matrix each, ``[ranks, in]`` and ``[ranks, out]``.
-        self.ranks_a, self.ranks_b = self.a.view(-1, self.a.shape[2]), self.b.view(-1, self.b.shape[2])
+        room = need if exactly else max(need, 2 * used)  # since a copy of all is made each time
+        with torch.inference_mode(False):  # or nothing could be written to it elsewhere
+            grown_a, grown_b = a.new_empty((room, *a.shape[1:])), b.new_empty((room, *b.shape[1:]))
+        if self._a is not None and self._b is not None:
+            grown_a[:used] = self._a[:used]
+            grown_b[:used] = self._b[:used]
+        self._a, self._b = grown_a, grown_b
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages."""
-        return sum(t.numel() * t.element_size() for t in (self.a, self.b))
+        """Bytes held, with the room for more."""
+        return sum(t.numel() * t.element_size() for t in (self._a, self._b) if t is not None)
+
+
+def _free(held: Iterable[Span], rank: int) -> int:
+    """The first of so many free ranks in a row; behind all others when there are none between them.
+
+    >>> _free([(0, 4), (9, 3)], 5), _free([(0, 4), (9, 3)], 6), _free([], 2)
+    (4, 12, 0)
+    """
+    end = 0
+    for first, ranks in held:
+        if first - end >= rank:
+            break
+        end = first + ranks
+    return end

@@ -27,14 +27,14 @@ class Prepared(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """The rows of one adapter in a layer; ``entry`` is the adapter's position on the stack."""
+    """The ranks of one adapter in a layer; ``entry`` is the adapter's position on the stack."""
 
     entry: int
+    #: Where its ranks begin.
+    first: int
     rank: int
     scaling: float
     dora: Dora | None
     bias: torch.Tensor | None
     finite: bool = True
     tokens: tuple[int, ...] | None = None
-    #: What tells it from all others at its layer, wherever it stands on the stack.
-    key: int = 0

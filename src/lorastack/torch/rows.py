@@ -14,7 +14,7 @@ from lorastack.errors import ShapeError
 from lorastack.torch.layout import sees_pictures
 from lorastack.torch.passes import Pass
 from lorastack.torch.plan import rows_of_layer
-from lorastack.torch.tiles import Layout, Tiles, Wanted, tiles_of
+from lorastack.torch.tiles import Layout, Tiles, Wanted
 from lorastack.torch.ways.board import Board, Numbers
 
 
@@ -30,20 +30,40 @@ class Mixture:
         that beams and returned sequences, which repeat rows, follow their row.
     layouts
         Those of the layers.
+    way
+        What was asked for; see `ways.choice`.
+    paged
+        The layouts of layers that may be computed by pages.
     """
 
     def __init__(
-        self, wanted: Sequence[Wanted], adapters: int, index: torch.Tensor | None, layouts: Iterable[Layout]
+        self,
+        wanted: Sequence[Wanted],
+        adapters: int,
+        index: torch.Tensor | None,
+        layouts: Iterable[Layout],
+        way: str | None = None,
+        paged: Sequence[Layout] = (),
     ) -> None:
-        self.index = index
+        self.index, self.way = index, way
+        #: Weight -> what it was computed in, where that is not its own way.
+        self.taken: dict[str, str] = {}
         self.rows = len(wanted)
         self.adapters = adapters
         self._wanted = wanted
+        layouts = tuple(layouts)
+        #: The index where layers are, so that no layer copies it.
+        self._index_on = {} if index is None else {one.device: index.to(one.device) for one in layouts}
         table = self._table(wanted)
-        self._tiles = {id(layout): (layout, tiles_of(layout, wanted, table)) for layout in layouts}
-        #: Of the page kernels: the plan's page numbers, and a board for each shape of batch.
+        self._tiles = {id(layout): (layout, Tiles(layout, wanted, table)) for layout in layouts}
+        #: Of the page kernels: where they may be, the plan's page numbers, and the boards of each shape of batch.
+        self._paged = {layout.device: layout for layout in paged}
         self._numbers: Numbers | None = None
-        self._boards: dict[int, tuple[Board, np.ndarray]] = {}
+        self._boards: dict[tuple[int, str], tuple[Board, ...]] = {}
+        self._each: dict[tuple[int, str], np.ndarray] = {}
+        for layout in paged:
+            if layout.pages is None:
+                layout.pages = self.numbers.of_layer(layout)
         self._stretches: tuple[torch.Tensor, list[tuple[int, int, int]]] | None = None
 
     def _table(self, wanted: Sequence[Wanted]) -> torch.Tensor:
@@ -62,15 +82,16 @@ class Mixture:
         ArgumentError
             When a board has no room for them; nothing is changed then.
         """
-        ready = [(board, board.composed(wanted, each, self.numbers)) for board, each in self._boards.values()]
+        ready = [
+            (board, board.composed(wanted, self._each[key], self.numbers))
+            for key, boards in self._boards.items()
+            for board in boards
+        ]
         for board, host in ready:
             board.put(host)
         table, self._wanted = self._table(wanted), wanted
-        for key, (layout, old) in self._tiles.items():
-            new = tiles_of(layout, wanted, table)
-            for name in ("scales", "mask", "by_entry"):
-                getattr(old, name).copy_(getattr(new, name))
-            self._tiles[key] = (layout, old._replace(runs=new.runs, pairs=new.pairs))
+        for _, tiles in self._tiles.values():
+            tiles.write(wanted, table)
 
     def tiles(self, layout: Layout) -> Tiles:
         """What the rows want where adapters lie so."""
@@ -83,33 +104,45 @@ class Mixture:
             self._numbers = Numbers.of([layout for layout, _ in self._tiles.values()])
         return self._numbers
 
-    def pages_of(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's own pages by the plan's numbers, and their scalings."""
-        if layout.pages is None:
-            layout.pages = self.numbers.of_layer(layout)
-        return layout.pages
-
-    def board(self, running: Pass, tokens: int, device: torch.device) -> Board:
-        """The tiles of a layer of so many tokens; written when the first such layer comes."""
+    def boards(self, running: Pass | None, tokens: int, layout: Layout) -> tuple[Board, ...]:
+        """The tiles of a layer of so many tokens, a board for each size; written when the first such layer comes."""
+        known = self._boards.get((tokens, layout.where))
+        if known is not None and (self.index is None or tokens == len(self.index)):
+            return known
         index = self.index_for(running, tokens)
-        known = self._boards.get(tokens) if index is self.index else None
-        if known is None:
-            spread = np.arange(self.rows).repeat(tokens // self.rows)
-            each = spread if index is None else index.cpu().numpy()
-            board = Board.for_batch(self._wanted, each, self.numbers, device)
-            board.write(self._wanted, each, self.numbers)
-            if index is self.index:
-                self._boards[tokens] = board, each
-            return board
-        return known[0]
+        each = np.arange(self.rows).repeat(tokens // self.rows) if index is None else index.numpy()
+        boards = Board.for_batch(self._wanted, each, self.numbers, layout.device)
+        if index is self.index:
+            self._each[tokens, layout.where] = each
+            self._boards[tokens, layout.where] = boards
+        return boards
 
-    def index_for(self, running: Pass, tokens: int) -> torch.Tensor | None:
+    def foresee(self, tokens: int) -> None:
+        """Write the boards of a pass of so many tokens where it begins: compiled code cannot."""
+        tokens = tokens if self.index is None else len(self.index)
+        for layout in self._paged.values():
+            if not self.foreseen(tokens, layout) and (self.index is not None or tokens % self.rows == 0):
+                self.boards(None, tokens, layout)
+
+    def foreseen(self, tokens: int, layout: Layout) -> bool:
+        """Whether the boards of such a layer are there."""
+        return (tokens, layout.where) in self._boards
+
+    def index_for(self, running: Pass | None, tokens: int) -> torch.Tensor | None:
         """Packed input: the row of each of a layer's tokens, all of them or those whose logits are asked for."""
         if self.index is None or self.index.shape[0] == tokens:
             return self.index
-        if running.logits is not None and running.logits.shape[0] == tokens:
+        if running is not None and running.logits is not None and running.logits.shape[0] == tokens:
             return running.logits
         raise ShapeError(f"a layer got {tokens} tokens, the packed rows index {self.index.shape[0]}")
+
+    def index_on(self, running: Pass, tokens: int, device: torch.device) -> torch.Tensor | None:
+        """The same on a device."""
+        index = self.index_for(running, tokens)
+        if index is None or index.device == device:
+            return index
+        known = self._index_on.get(device) if index is self.index else None
+        return index.to(device) if known is None else known
 
     def stretches(self, running: Pass, tokens: int) -> list[tuple[int, int, int]]:
         """Packed input: (row, first token, end) of tokens that follow each other and are of one row."""
@@ -132,9 +165,9 @@ class Mixture:
         So that Inf or NaN of an adapter that a row does not use cannot reach it.
         """
         tiles = self.tiles(layout)
-        index = self.index_for(running, x.numel() // x.shape[-1] if x is not h else h.numel() // max(h.shape[-1], 1))
+        tokens = x.numel() // x.shape[-1] if x is not h else h.numel() // max(h.shape[-1], 1)
+        index = self.index_on(running, tokens, h.device)
         if index is not None:
-            index = index.to(h.device)
             flat = h.reshape(len(index), -1)
             return torch.where(tiles.mask[index], flat * tiles.scales[index], 0).reshape(h.shape)
         self.check(running, x, name)
@@ -149,8 +182,8 @@ class Mixture:
         if not channels_last:
             return column.repeat_interleave(like.shape[0] // self.rows).view(-1, *[1] * (like.dim() - 1))
         tokens = like.numel() // like.shape[-1]
-        index = self.index_for(running, tokens)
-        each = column[index.to(like.device)] if index is not None else column.repeat_interleave(tokens // self.rows)
+        index = self.index_on(running, tokens, like.device)
+        each = column[index] if index is not None else column.repeat_interleave(tokens // self.rows)
         return each.view(*like.shape[:-1], 1)
 
     def check(self, running: Pass, x: torch.Tensor, name: str) -> None:

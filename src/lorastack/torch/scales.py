@@ -41,13 +41,16 @@ class Scales:
             by_type.setdefault((layer.dtype, layer.place.device), []).append(layer)
         groups, most = [], []
         for (dtype, device), group in by_type.items():
-            slots = [slot for layer in group for slot in layer.slots]
-            ranks = [slot.rank for slot in slots]
-            entry = np.repeat(np.array([slot.entry for slot in slots], np.int64), ranks)
-            scaling: np.ndarray = np.repeat(np.array([slot.scaling for slot in slots], _wide(dtype)), ranks)
+            ends = np.cumsum([layer.rank for layer in group])
+            entry = np.zeros(ends[-1], np.int64)
+            scaling = np.zeros(ends[-1], _wide(dtype))  # and 0 for ranks that are nobody's
             flat = torch.empty(len(entry), dtype=dtype, device=device)
-            for layer, view in zip(group, torch.split(flat, [layer.rank for layer in group]), strict=True):
-                layer.s = view
+            for layer, end in zip(group, ends.tolist(), strict=True):
+                start = end - layer.rank
+                layer.s = flat[start:end]
+                for slot in layer.slots:
+                    own = slice(start + slot.first, start + slot.first + slot.rank)
+                    entry[own], scaling[own] = slot.entry, slot.scaling
             groups.append((flat, entry, scaling))
             most.append((dtype, np.zeros(len(scales), scaling.dtype)))
             np.maximum.at(most[-1][1], entry, np.abs(scaling))

@@ -6,9 +6,12 @@ Made on the host once for each composition and `Layout`, of which layers alike s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
+
+from lorastack.torch.pool import PAGE, Span
 
 #: Entry -> its scale, in the order of the stack; for one row.
 Wanted = Sequence[tuple[int, float]]
@@ -25,6 +28,8 @@ class Layout:
         Entry -> the first rank, the ranks and the scaling; without the adapters that leave the layer alone.
     total
         Ranks of the factors, those between the spans included.
+    dtype, held
+        The type that rows are computed in, and that of the factors.
     """
 
     def __init__(
@@ -32,21 +37,25 @@ class Layout:
         spans: Mapping[int, tuple[int, int, float]],
         total: int,
         dtype: torch.dtype,
+        held: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.spans, self.total, self.dtype, self.device = spans, total, dtype, device
+        self.spans, self.total, self.dtype, self.held, self.device = spans, total, dtype, held, device
+        #: The device's name: what compiled code looks up is looked up by words and numbers.
+        self.where = str(device)
         owner, scaling = torch.zeros(total, dtype=torch.long), torch.zeros(total)
         for entry, (first, rank, own) in spans.items():
             owner[first : first + rank] = entry
             scaling[first : first + rank] = own  # and 0 for ranks that are nobody's
-        self._owner, self._scaling = owner, scaling
+        self._owner, self._scaling = owner.to(device), scaling.to(device)
         self._each: torch.Tensor | None = None
-        #: Of the page kernels: the layer's pages by the plan's numbers, and their scalings.
-        self.pages: tuple[torch.Tensor, torch.Tensor] | None = None
+        #: Of the page kernels: a layer's pages by the plan's numbers (`PageMap`).
+        self.pages: Any = None
+        self.pages_there = sum(-(-rank // PAGE) for _, rank, _ in spans.values())
 
     def scales(self, table: torch.Tensor) -> torch.Tensor:
         """``[rows, total]``: each row's multiplier of each rank, of a table ``[rows, adapters]``."""
-        return (table[:, self._owner] * self._scaling).to(self.device, self.dtype)
+        return table.to(self.device).index_select(1, self._owner).mul_(self._scaling).to(self.dtype)
 
     def by_entry(self, table: torch.Tensor) -> torch.Tensor:
         """``[rows, adapters]``: each row's multiplier of each adapter, 0 for one that leaves the layer alone."""
@@ -67,30 +76,57 @@ class Run(NamedTuple):
     scales: torch.Tensor | None
 
 
-class Tiles(NamedTuple):
-    """A composition at one layout."""
+class Tiles:
+    """A composition at one layout; what only some ways read is made when it is first asked for."""
 
-    #: In the order of each row's adapters: first every row's first, then its second, ...
-    runs: list[Run]
-    #: Adapter by adapter of each row.
-    pairs: list[Pair]
-    #: ``[rows, total]``, and where it is not 0.
-    scales: torch.Tensor
-    mask: torch.Tensor
-    #: ``[rows, adapters]``.
-    by_entry: torch.Tensor
+    def __init__(self, layout: Layout, wanted: Sequence[Wanted], table: torch.Tensor) -> None:
+        self._layout, self._wanted = layout, wanted
+        #: ``[rows, total]``, and where it is not 0.
+        self.scales = layout.scales(table)
+        self.mask = self.scales != 0
+        #: ``[rows, adapters]``.
+        self.by_entry = layout.by_entry(table)
+
+    def write(self, wanted: Sequence[Wanted], table: torch.Tensor) -> None:
+        """Another composition, in the same memory."""
+        new = Tiles(self._layout, wanted, table)
+        for name in ("scales", "mask", "by_entry"):
+            getattr(self, name).copy_(getattr(new, name))
+        self._wanted = wanted
+        for name in ("pairs", "runs", "used"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """Adapter by adapter of each row."""
+        return [pair for mine in self._each() for pair in mine]
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """In the order of each row's adapters: first every row's first, then its second, ..."""
+        return _runs(self._each(), self._layout)
+
+    @cached_property
+    def used(self) -> list[Span]:
+        """The spans of ranks that any row wants, those that touch as one."""
+        return _joined(self.pairs)
+
+    def _each(self) -> list[list[Pair]]:
+        spans = self._layout.spans
+        return [
+            [(row, at[0], at[1], scale * at[2]) for entry, scale in mine if (at := spans.get(entry)) is not None]
+            for row, mine in enumerate(self._wanted)
+        ]
 
 
-def tiles_of(layout: Layout, wanted: Sequence[Wanted], table: torch.Tensor) -> Tiles:
-    """What the rows of a batch want, at this layout."""
-    spans = layout.spans
-    each = [
-        [(row, span[0], span[1], scale * span[2]) for entry, scale in mine if (span := spans.get(entry)) is not None]
-        for row, mine in enumerate(wanted)
-    ]
-    pairs = [pair for mine in each for pair in mine]
-    scales = layout.scales(table)
-    return Tiles(_runs(each, layout), pairs, scales, scales != 0, layout.by_entry(table))
+def _joined(pairs: Sequence[Pair]) -> list[Span]:
+    found: list[Span] = []
+    for first, rank in sorted({(pair[1], pair[2]) for pair in pairs}):
+        if found and sum(found[-1]) == first:
+            found[-1] = (found[-1][0], found[-1][1] + rank)
+        else:
+            found.append((first, rank))
+    return found
 
 
 def _runs(each: Sequence[Sequence[Pair]], layout: Layout) -> list[Run]:

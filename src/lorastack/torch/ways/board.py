@@ -2,11 +2,13 @@
 
 A few small arrays, built on the host and copied once; every layer reads the same ones, each through a static array from
 the plan's page numbers to its own. Sizes are capacities, powers of two: a board is written again for another
-composition of the same capacity, which a captured graph does not notice.
+composition of the same capacity, which a captured graph does not notice. A board has tiles of one size; rows of many
+tokens have larger ones than rows of few, whatever rows are beside them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,10 +19,29 @@ from lorastack.errors import ArgumentError
 from lorastack.torch.pool import PAGE
 from lorastack.torch.tiles import Layout, Wanted
 
-#: Rows of a tile, the least that a tensor core takes.
-TILE = 16
+#: (tokens, rows): from so many tokens of a row on its tiles have so many rows; 16 is the least a tensor core takes.
+TILES = ((512, 128), (64, 64), (0, 16))
 #: Pages of a row that a board has room for in any case.
 _PAGES = 4
+
+
+def tile_of(tokens: int) -> int:
+    """Rows of a tile where a row has so many tokens.
+
+    >>> tile_of(1), tile_of(100), tile_of(2048)
+    (16, 64, 128)
+    """
+    return next(rows for least, rows in TILES if tokens >= least)
+
+
+class PageMap(NamedTuple):
+    """A layer's own page of each of the plan's, ``[pages]`` each: where its ranks begin, -1 where it has none, and how
+    many there are, int32; and the adapter's scaling, float32.
+    """
+
+    first: torch.Tensor
+    ranks: torch.Tensor
+    scaling: torch.Tensor
 
 
 class Numbers(NamedTuple):
@@ -42,38 +63,83 @@ class Numbers(NamedTuple):
             at += most[entry]
         return Numbers(first, most, at)
 
-    def of_layer(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's own page of each of the plan's, -1 where it has none, int32; and its scaling."""
-        pages, scaling = np.full(max(self.total, 1), -1, np.int32), np.zeros(max(self.total, 1), np.float32)
+    def pages_of(self, groups: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(How many pages each group of adapters has; these, group by group; which adapter of its group each is of)."""
+        own = {entry: range(at, at + self.pages[entry]) for entry, at in self.first.items()}
+        many: list[int] = []
+        pages: list[int] = []
+        nth: list[int] = []
+        for group in groups:
+            before = len(pages)
+            for n, entry in enumerate(group):
+                pages += own[entry]
+                nth += [n] * len(own[entry])
+            many.append(len(pages) - before)
+        return np.array(many), np.array(pages), np.array(nth)
+
+    def of_layer(self, layout: Layout) -> PageMap:
+        """The pages of a layer where adapters lie so."""
+        many = max(self.total, 1)
+        first, ranks, scaling = np.full(many, -1, np.int32), np.zeros(many, np.int32), np.zeros(many, np.float32)
         for entry, (first_rank, rank, own) in layout.spans.items():
-            at, own_pages = self.first[entry], -(-rank // PAGE)
-            pages[at : at + own_pages] = np.arange(own_pages) + first_rank // PAGE
-            scaling[at : at + own_pages] = own
-        return torch.from_numpy(pages).to(layout.device), torch.from_numpy(scaling).to(layout.device)
+            begins = np.arange(0, rank, PAGE)
+            at = slice(self.first[entry], self.first[entry] + len(begins))
+            first[at], ranks[at], scaling[at] = first_rank + begins, np.minimum(rank - begins, PAGE), own
+        return PageMap(*(torch.from_numpy(array).to(layout.device) for array in (first, ranks, scaling)))
+
+
+class Arrays(NamedTuple):
+    """What is in a board's memory: ``rows [tiles * tile]`` tokens or -1, ``slot_tile`` and ``slot_page [slots]`` (-1
+    beyond the last), ``tile_slot`` and ``tile_n [tiles]`` (0 beyond the last), all int32; and ``scales [slots * tile]``
+    in float32.
+    """
+
+    rows: torch.Tensor
+    slot_tile: torch.Tensor
+    slot_page: torch.Tensor
+    tile_slot: torch.Tensor
+    tile_n: torch.Tensor
+    scales: torch.Tensor
+
+    @staticmethod
+    def sizes(tile: int, tiles: int, slots: int) -> tuple[int, ...]:
+        return tiles * tile, slots, slots, tiles, tiles, slots * tile
+
+    @staticmethod
+    def of(memory: torch.Tensor, tile: int, tiles: int, slots: int) -> Arrays:
+        parts = torch.split(memory, list(Arrays.sizes(tile, tiles, slots)))
+        rows, slot_tile, slot_page, tile_slot, tile_n, scales = parts
+        return Arrays(rows, slot_tile, slot_page, tile_slot, tile_n, scales.view(torch.float32))
 
 
 class Board:
-    """The arrays of one capacity; `write` puts a composition there.
+    """The arrays of one capacity, for the rows whose tiles have ``tile`` rows; `write` puts a composition there."""
 
-    ``rows [tiles * 16]`` tokens or -1, ``slot_tile`` and ``slot_page [slots]`` (-1 beyond the last), ``tile_slot`` and
-    ``tile_n [tiles]`` (0 beyond the last), all int32; ``scales [slots * 16]`` float32.
-    """
-
-    def __init__(self, tiles: int, slots: int, device: torch.device) -> None:
-        self.tiles, self.slots = tiles, slots
-        self._sizes = (tiles * TILE, slots, slots, tiles, tiles, slots * TILE)
-        self._memory = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
-        parts = torch.split(self._memory, list(self._sizes))
-        self.rows, self.slot_tile, self.slot_page, self.tile_slot, self.tile_n = parts[:5]
-        self.scales = parts[5].view(torch.float32)
+    def __init__(self, tile: int, tiles: int, slots: int, device: torch.device) -> None:
+        self.tile, self.tiles, self.slots = tile, tiles, slots
+        self.memory = torch.zeros(sum(Arrays.sizes(tile, tiles, slots)), dtype=torch.int32, device=device)
+        self.arrays = Arrays.of(self.memory, tile, tiles, slots)
+        #: Slots that the composition takes.
+        self.filled = 0
 
     @staticmethod
-    def for_batch(wanted: Sequence[Wanted], each: np.ndarray, numbers: Numbers, device: torch.device) -> Board:
-        """A board with room for what such a batch may come to: a page set for each row, four pages a row or more."""
-        most = max((sum(numbers.pages.get(n, 0) for n, _ in mine) for mine in wanted), default=1)
-        full = np.bincount(each, minlength=len(wanted)) if len(each) else np.zeros(1, int)
-        tiles = _power(int((-(-full // TILE)).sum()))
-        return Board(tiles, tiles * _power(max(most, _PAGES)), device)
+    def for_batch(
+        wanted: Sequence[Wanted], each: np.ndarray, numbers: Numbers, device: torch.device
+    ) -> tuple[Board, ...]:
+        """Boards with room for what such a batch may come to: a page set for each row, four pages a row or more."""
+        most = max((sum([numbers.pages.get(n, 0) for n, _ in mine]) for mine in wanted), default=1)
+        needed: dict[int, int] = {}
+        for tokens, rows in Counter(np.bincount(each, minlength=len(wanted)).tolist()).items():
+            if tokens:
+                tile = tile_of(tokens)
+                needed[tile] = needed.get(tile, 0) + rows * -(-tokens // tile)
+        boards = tuple(
+            Board(tile, _power(tiles), _power(tiles) * _power(max(most, _PAGES)), device)
+            for tile, tiles in sorted(needed.items())
+        )
+        for board in boards:
+            board.write(wanted, each, numbers)
+        return boards
 
     def write(self, wanted: Sequence[Wanted], each: np.ndarray, numbers: Numbers) -> None:
         """Put a composition there: ``each [tokens]`` is the row of every token.
@@ -87,51 +153,69 @@ class Board:
 
     def put(self, host: np.ndarray) -> None:
         """Copy there what `composed` made."""
-        self._memory.copy_(torch.from_numpy(host))
+        self.memory.copy_(torch.from_numpy(host))
+        pages = slice(self.tiles * self.tile + self.slots, self.tiles * self.tile + 2 * self.slots)
+        self.filled = int((host[pages] >= 0).sum())
 
     def composed(self, wanted: Sequence[Wanted], each: np.ndarray, numbers: Numbers) -> np.ndarray:
-        """All arrays of a composition, side by side.
+        """All arrays of a composition, side by side; of the rows whose tiles are of this size.
 
         Raises
         ------
         ArgumentError
             When it does not have the room.
         """
-        host = np.zeros(sum(self._sizes), np.int32)
-        rows, slot_tile, slot_page, tile_slot, tile_n, scales = np.split(host, np.cumsum(self._sizes)[:-1])
-        floats = scales.view(np.float32)
+        sizes = Arrays.sizes(self.tile, self.tiles, self.slots)
+        host = np.zeros(sum(sizes), np.int32)
+        rows, slot_tile, slot_page, tile_slot, tile_n, scales = np.split(host, np.cumsum(sizes)[:-1])
         rows[:], slot_page[:] = -1, -1
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for row, mine in enumerate(wanted):
-            known = tuple(entry for entry, _ in mine if entry in numbers.first)
-            if known:
-                groups.setdefault(known, []).append(row)
-        tokens_of = _tokens(each, len(wanted))
-        tile = slot = 0
-        for entries, members in groups.items():
-            tokens = np.concatenate([tokens_of[row] for row in members])
-            owner = np.repeat(members, [len(tokens_of[row]) for row in members])
-            scale_of = {row: dict(wanted[row]) for row in members}
-            pages = [(entry, numbers.first[entry] + n) for entry in entries for n in range(numbers.pages[entry])]
-            for at in range(0, len(tokens), TILE):
-                part, own = tokens[at : at + TILE], owner[at : at + TILE]
-                if tile >= self.tiles or slot + len(pages) > self.slots:
-                    raise ArgumentError(
-                        f"this composition needs more than {self.tiles} tiles of rows and {self.slots} pages of tiles"
-                    )
-                rows[tile * TILE : tile * TILE + len(part)] = part
-                tile_slot[tile], tile_n[tile] = slot, len(pages)
-                for entry, page in pages:
-                    slot_tile[slot], slot_page[slot] = tile, page
-                    floats[slot * TILE : slot * TILE + len(part)] = [scale_of[row][entry] for row in own.tolist()]
-                    slot += 1
-                tile += 1
+        group_of, groups, first_scale, scale_of = self._groups(wanted, each, numbers)
+        if not groups:
+            return host
+        # The tokens in the order of their groups, and of their rows in each; tiles are filled one after the other.
+        order = np.lexsort((each, group_of[each]))
+        order = order[group_of[each[order]] >= 0]
+        own = group_of[each[order]]
+        tokens = np.bincount(own, minlength=len(groups))
+        tiles = -(-tokens // self.tile)
+        lane = np.arange(len(order)) - np.repeat(np.cumsum(tokens) - tokens, tokens)
+        place = np.repeat(np.cumsum(tiles) - tiles, tokens) * self.tile + lane
+        # Each tile's slots: the pages of its group's adapters.
+        many, pages, entry_of = numbers.pages_of(groups)
+        tile_group = np.repeat(np.arange(len(groups)), tiles)
+        taken = many[tile_group]
+        slots, filled = int(taken.sum()), len(tile_group)
+        if filled > self.tiles or slots > self.slots:
+            raise ArgumentError(
+                f"this composition needs more than {self.tiles} tiles of rows and {self.slots} pages of tiles"
+            )
+        rows[place] = order
+        tile_n[:filled], tile_slot[:filled] = taken, np.cumsum(taken) - taken
+        slot_tile[:slots] = np.repeat(np.arange(filled), taken)
+        nth = np.arange(slots) - np.repeat(tile_slot[:filled], taken)
+        page = np.repeat((np.cumsum(many) - many)[tile_group], taken) + nth
+        slot_page[:slots] = pages[page]
+        lanes = rows.reshape(-1, self.tile)[slot_tile[:slots]]
+        wants = np.where(lanes >= 0, first_scale[each[lanes]] + entry_of[page][:, None], 0)
+        scales.view(np.float32).reshape(-1, self.tile)[:slots] = scale_of[wants]
         return host
 
-
-def _tokens(each: np.ndarray, rows: int) -> list[np.ndarray]:
-    order = np.argsort(each, kind="stable")
-    return np.split(order, np.searchsorted(each[order], np.arange(1, rows)))
+    def _groups(
+        self, wanted: Sequence[Wanted], each: np.ndarray, numbers: Numbers
+    ) -> tuple[np.ndarray, list[tuple[int, ...]], np.ndarray, np.ndarray]:
+        """(Each row's group, -1 without one; the adapters of each; where a row's scales begin; 0 and the scales)."""
+        tokens = np.bincount(each, minlength=len(wanted)).tolist()
+        here = {many for many in set(tokens) if tile_of(many) == self.tile}
+        known: dict[tuple[int, ...], int] = {}
+        group_of, first_scale = np.full(len(wanted), -1), np.zeros(len(wanted), np.int64)
+        scales: list[float] = [0.0]  # of lanes without a row
+        for row, mine in enumerate(wanted):
+            if mine and tokens[row] in here:
+                group = tuple([entry for entry, _ in mine if entry in numbers.first])
+                group_of[row] = known.setdefault(group, len(known)) if group else -1
+                first_scale[row] = len(scales)
+                scales += [scale for entry, scale in mine if entry in numbers.first]
+        return group_of, list(known), first_scale, np.array(scales, np.float32)
 
 
 def _power(n: int) -> int:

@@ -1,6 +1,6 @@
-"""Dense: ``H = X A_all^T`` for all pages, ``where(S != 0, H * S, 0)``, ``H B_all``: plain torch on any device.
+"""Dense: ``H = X A_all^T`` for all factors, ``where(S != 0, H * S, 0)``, ``H B_all``: plain torch on any device.
 
-It reads every factor once, whatever the rows want: best while few pages are there. A product's row does not depend on
+It reads every factor once, whatever the rows want: best while there are few. A product's row does not depend on
 the other rows' numbers, and what another row wants is an exact 0 here. Factors with NaN or Inf would not be: times 0
 they are NaN, so a layer that has some is computed in another way.
 """
@@ -15,12 +15,13 @@ from lorastack.torch.ways import Layer
 
 
 class Dense:
-    """Two products over all pages; what compiled code and gradients go through."""
+    """Two products over all factors; what gradients go through, and compiled code without Triton."""
+
+    name = "dense"
 
     def add(self, layer: Layer, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
         layout = layer.layout
-        a = layer.pool.ranks_a[: layout.total]
-        b = layer.pool.ranks_b[: layout.total]
+        a, b = layer.a.to(layout.dtype), layer.b.to(layout.dtype)
         x = x.to(a.dtype)
         h = running.mixture.masked(layout, running, F.linear(x, a), x, layer.name).reshape(-1, layout.total)
         if in_place and output.dtype == h.dtype:

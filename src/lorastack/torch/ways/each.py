@@ -1,8 +1,8 @@
-"""Each: every row is multiplied with its own adapters' pages where they lie, and meets no others. For CPUs.
+"""Each: every row is multiplied with its own adapters' factors where they lie, and meets no others. For CPUs.
 
 Nothing is copied or gathered. Rows that follow each other, and whose adapters lie at equal distances (each row the next
-adapter, or all the same), are one product of many matrices, which is a view of the pages. With several threads rows of
-several tokens are a product each: a thread's part of a matrix depends on how many there are.
+adapter, or all the same), are one product of many matrices, which is a view of the factors. With several threads rows
+of several tokens are a product each: a thread's part of a matrix depends on how many there are.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from lorastack.torch.ways import Layer
 class Each:
     """Products of each row's own."""
 
+    name = "each"
+
     def add(self, layer: Layer, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
         mixture: Mixture = running.mixture
-        pool = layer.pool
-        a, b = pool.ranks_a, pool.ranks_b
+        a, b = layer.a, layer.b
+        if a.dtype != layer.layout.dtype:
+            a, b = _widened_ranks(mixture, layer, a, "a"), _widened_ranks(mixture, layer, b, "b")
         if mixture.index is None:
             mixture.check(running, x, layer.name)
         wide_x = _widened(x, a.dtype, "x")
@@ -87,12 +90,22 @@ _KEPT = _Kept()
 
 def _widened(t: torch.Tensor, dtype: torch.dtype, use: str) -> torch.Tensor:
     """``t`` in another type, in memory kept for that."""
-    if t.dtype == dtype:
-        return t
-    kept = _KEPT.by_use.get(use)
-    if kept is None or kept.numel() < t.numel() or kept.dtype != dtype:
-        kept = _KEPT.by_use[use] = torch.empty(t.numel(), dtype=dtype)
-    return kept[: t.numel()].view(t.shape).copy_(t)
+    return t if t.dtype == dtype else _kept(t, dtype, use).copy_(t)
+
+
+def _widened_ranks(mixture: Mixture, layer: Layer, t: torch.Tensor, use: str) -> torch.Tensor:
+    """The ranks of factors that are used, in the type rows are computed in and at their place; others are anything."""
+    kept = _kept(t, layer.layout.dtype, use)
+    for first, ranks in mixture.tiles(layer.layout).used:
+        kept.narrow(0, first, ranks).copy_(t.narrow(0, first, ranks))
+    return kept
+
+
+def _kept(like: torch.Tensor, dtype: torch.dtype, use: str) -> torch.Tensor:
+    numbers, kept = like.numel(), _KEPT.by_use.get(use)
+    if kept is None or kept.numel() < numbers or kept.dtype != dtype or kept.device != like.device:
+        kept = _KEPT.by_use[use] = torch.empty(numbers, dtype=dtype, device=like.device)
+    return kept[:numbers].view(like.shape)
 
 
 EACH = Each()

@@ -1,75 +1,72 @@
-"""Pages: two Triton kernels over tiles of rows with one page set; for CUDA, and for the interpreter in tests.
-
-Blocks and splits depend on the layer's shape alone. Compiled code and gradients go through `dense`.
-"""
+"""Pages: two Triton kernels over tiles of rows with one page set; for CUDA, and for the interpreter in tests."""
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from lorastack.torch.passes import Pass
-from lorastack.torch.pool import PAGE
 from lorastack.torch.ways import Layer
-from lorastack.torch.ways.board import TILE, Board
+from lorastack.torch.ways.board import Board
+from lorastack.torch.ways.launch import TOGETHER, add_pages, expand, shrink
+from lorastack.torch.ways.shrunk import Shrunk
 
-#: Columns that a program of the shrink reads at a time, and of the expand writes.
-_BK, _BN = 128, 128
-_MOST_SPLITS = 8
-
-
-@cache
-def there_is_triton() -> bool:
-    """Whether kernels can be compiled here."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def splits_of(n_in: int) -> tuple[int, int]:
-    """How many parts the sum over a layer's inputs has, and the length of each.
-
-    >>> splits_of(4096), splits_of(100), splits_of(1100)
-    ((8, 512), (1, 128), (5, 256))
-    """
-    blocks = -(-n_in // _BK)
-    each = -(-blocks // _MOST_SPLITS)
-    return -(-blocks // each), each * _BK
+#: Inputs that are remembered: latent attention has another between the two that are the same.
+_INPUTS = 2
 
 
 class Pages:
     """Shrink and expand."""
 
+    name = "pages"
+
     def add(self, layer: Layer, running: Pass, x: torch.Tensor, output: torch.Tensor, in_place: bool) -> torch.Tensor:
         mixture = running.mixture
-        tokens = x.numel() // x.shape[-1]
+        tokens, n_in = x.numel() // x.shape[-1], x.shape[-1]
         if mixture.index is None:
             mixture.check(running, x, layer.name)
-        board = mixture.board(running, tokens, layer.layout.device)
-        pages, scaling = mixture.pages_of(layer.layout)
+        boards = mixture.boards(running, tokens, layer.layout)
+        if torch.compiler.is_compiling():
+            return _as_one_operator(layer, boards, x.reshape(tokens, n_in), output)
         y = output if in_place else output.clone(memory_format=torch.contiguous_format)
-        launch(y.view(tokens, -1), x.reshape(tokens, -1).to(layer.pool.a.dtype), layer.pool, board, pages, scaling)
+        parts = _shrunk(layer, running, x, boards)
+        for board, part in zip(boards, parts, strict=True):
+            expand(y.view(tokens, -1), n_in, layer.b, part, layer.layout.pages, board.arrays)
         return y
 
 
-def launch(
-    y: torch.Tensor, x: torch.Tensor, pool: Any, board: Board, pages: torch.Tensor, scaling: torch.Tensor
-) -> None:
-    """``y [tokens, out]`` plus what the board's rows want of ``x [tokens, in]``."""
-    from lorastack.torch.ways.kernels import expand, shrink
+def _shrunk(layer: Layer, running: Pass, x: torch.Tensor, boards: Sequence[Board]) -> list[torch.Tensor]:
+    """The partial sums of a layer, one for each board; those of the layers that are expected to share ``x`` with it."""
+    if x.is_inference():  # such a tensor does not tell whether it was changed
+        return _computed([layer], x, boards)[id(layer)]
+    for known in running.shrunk:
+        if known.is_of(x):
+            return known.take(layer) or _computed([layer], x, boards)[id(layer)]
+    made = _computed([layer, *layer.followers], x, boards)
+    parts = made.pop(id(layer))
+    running.shrunk = (Shrunk(x, layer, made), *running.shrunk)[:_INPUTS]
+    return parts
 
-    n_in, n_out = x.shape[1], y.shape[1]
-    splits, length = splits_of(n_in)
-    part = torch.empty(splits * board.slots * TILE * PAGE, dtype=torch.float32, device=x.device)
-    shrink[(board.slots, splits)](
-        x, pool.a, part, board.rows, board.slot_tile, board.slot_page, pages, board.slots, x.stride(0),
-        K=n_in, R=PAGE, BM=TILE, BK=_BK, KS=length, num_warps=4, num_stages=3,
-    )  # fmt: skip
-    expand[(board.tiles, -(-n_out // _BN))](
-        y, pool.b, part, board.rows, board.tile_slot, board.tile_n, board.slot_page, pages, scaling, board.scales,
-        board.slots, y.stride(0), N=n_out, R=PAGE, BM=TILE, BN=_BN, SPLITS=splits, num_warps=2, num_stages=2,
-    )  # fmt: skip
+
+def _computed(layers: Sequence[Layer], x: torch.Tensor, boards: Sequence[Board]) -> dict[int, list[torch.Tensor]]:
+    flat = x.reshape(-1, x.shape[-1])
+    made: dict[int, list[torch.Tensor]] = {id(layer): [] for layer in layers}
+    for board in boards:
+        for at in range(0, len(layers), TOGETHER):
+            few = layers[at : at + TOGETHER]
+            parts = shrink(flat, [one.a for one in few], [one.layout.pages for one in few], board.arrays)
+            for one, part in zip(few, parts, strict=True):
+                made[id(one)].append(part)
+    return made
+
+
+def _as_one_operator(layer: Layer, boards: Sequence[Board], x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    y = output.clone(memory_format=torch.contiguous_format)
+    flat = y.view(x.shape[0], -1)
+    for board in boards:
+        add_pages(flat, x, layer.a, layer.b, *layer.layout.pages, board.memory, board.tile, board.tiles, board.slots)
+    return y
 
 
 PAGES = Pages()
