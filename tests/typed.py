@@ -66,7 +66,7 @@ def _imports(code: str, name: str) -> bool:
 
 
 def lines(text: str) -> list[str]:
-    """Lines as they are compared: a page keeps no white space at a line's end, and no machine another's rounding errors."""
+    """Lines as they are compared: a page keeps no white space at a line's end; rounding errors are a machine's own."""
     return [ROUNDING.sub("~0", line).rstrip() for line in text.strip("\n").splitlines()]
 
 
@@ -110,14 +110,12 @@ def typed(page: Path) -> tuple[str, list[str]]:
             elif printed is not None and lines(block.content) != lines(printed):
                 wrong.append(f"the page shows\n{block.content}where this came out\n{printed}")
             if block.follows and printed is not None:
-                made += text[at : block.start] + "".join(
-                    line.rstrip() + "\n" for line in printed.strip("\n").splitlines()
-                )
+                out = [line.rstrip() + "\n" for line in printed.strip("\n").splitlines()]
+                made += text[at : block.start] + "".join(out)
                 at = block.end
             printed = None
             continue
-        if printed is not None and "error: " in printed:
-            wrong.append(f"a command failed, and the page does not show it:\n{printed}")
+        wrong += _unshown(printed)
         printed = None
         if block.language == "python" and not any(_imports(block.content, name) for name in lacked(text)):
             printed = placed(python(block.content, names, page))
@@ -125,9 +123,13 @@ def typed(page: Path) -> tuple[str, list[str]]:
             printed = placed(console(block.content))
         elif block.language not in ("sh", "py") and re.fullmatch(r"[\w.]+", block.title):
             Path(block.title).write_text(block.content)
-    if printed is not None and "error: " in printed:
-        wrong.append(f"a command failed, and the page does not show it:\n{printed}")
-    return made + text[at:], wrong
+    return made + text[at:], wrong + _unshown(printed)
+
+
+def _unshown(printed: str | None) -> list[str]:
+    """An error that no text block showed."""
+    failed = printed is not None and re.search("^error: ", printed, re.MULTILINE)
+    return [f"a command failed, and the page does not show it:\n{printed}"] if failed else []
 
 
 def main() -> None:
