@@ -3,8 +3,8 @@
 Run: make walk, or python tests/walk.py [--without COMMAND]...
 
 The two commands come first, then every other command and every Python block, twice in a row. The lines that install the
-released package are typed in an environment of their own, where the name means a wheel of this clone; there the README and
-the first pages of the built site are typed again, as `typed.py` types a page, with what they show. Anything but success
+released package are typed in an environment of their own, where the name means a wheel of this clone; there the README
+and the first pages of the built site are typed, with what they show, as `typed.py` types a page. Anything but success
 ends the walk, and so does a traceback or a warning on the way.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = ("make demo", "make test")
 #: Pages of the built site that are typed with the installed wheel.
-FIRST = ("index", "tutorial", "coming", "why")
+FIRST = ("index", "tutorial", "coming")
 #: What a stranger would stumble over.
 STUMBLE = re.compile(r"Traceback|warning:|\bWARNING\b|Warning:|error:|Exception ignored|…", re.IGNORECASE)
 #: What of that is this machine's, and not ours: pip's words on places where it looks for packages.
