@@ -59,6 +59,7 @@ types: $(VENV)/.dev ## Check types
 
 docs: $(VENV)/.dev ## Build the documentation into site/
 	$(BIN)/python docs/build_reference.py --check
+	$(BIN)/python docs/build_pictures.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.dev ## Measure against the peers

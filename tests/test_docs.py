@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -73,13 +74,37 @@ def test_every_command_is_documented_with_an_example() -> None:
         assert f"`lorastack {name} " in (command.help or ""), f"{name} has no example in its help"
 
 
-def test_the_command_reference_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("build_reference", ROOT / "docs" / "build_reference.py")
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script of docs/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look there
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "cli.md").read_text() == module.reference(), "run: python docs/build_reference.py"
+    return module
+
+
+def test_the_command_reference_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = script("build_reference", monkeypatch).reference()
+    assert (ROOT / "docs" / "cli.md").read_text() == made, "run: python docs/build_reference.py"
+
+
+def test_the_pictures_show_the_figures_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = script("build_pictures", monkeypatch)
+    measured = pictures.RESULTS.read_text()
+    for name, draw in pictures.PICTURES.items():
+        assert (ROOT / "docs" / "assets" / name).read_text() == draw(measured), "run: python docs/build_pictures.py"
+    changed = measured.replace("| 10.4 (10.1 to 10.5) |", "| 3.3 |", 1)
+    assert ">10.4</text>" in pictures.PICTURES["time.svg"](measured)
+    assert ">3.30</text>" in pictures.PICTURES["time.svg"](changed)
+    assert ">10.4</text>" not in pictures.PICTURES["time.svg"](changed)
+
+
+def test_a_figure_that_is_no_longer_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = script("build_pictures", monkeypatch)
+    with pytest.raises(SystemExit, match="RESULTS.md has 0 rows 'mergekit-extract-lora' in the table after"):
+        pictures.PICTURES["time.svg"](pictures.RESULTS.read_text().replace("| mergekit-extract-lora", "| mergekit"))
 
 
 def test_the_demo_shows_every_adapters_effect_and_the_baked_text_is_the_stacks() -> None:

@@ -84,7 +84,7 @@ def test_peft_adds_two_rslora_adapters_to_2_83_times_the_norm(peft: Any, tmp_pat
 
 
 def test_peft_adds_factors_in_place_of_adapters(peft: Any, tmp_path: Path) -> None:
-    """``linear``, which is what it does unless told otherwise, has products of one's B and the other's A in it."""
+    """``linear`` has products of one's B and the other's A in it."""
     trained = Trained(peft, tmp_path, rslora=False)
     crossed = 0.5 * (trained.b["one"] @ trained.a["two"] + trained.b["two"] @ trained.a["one"])
     np.testing.assert_allclose(trained.added("linear"), trained.exact + crossed, atol=1e-5)
