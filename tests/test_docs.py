@@ -103,7 +103,7 @@ def test_the_pictures_show_the_figures_that_were_measured(monkeypatch: pytest.Mo
 
 def test_a_figure_that_is_no_longer_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = script("build_pictures", monkeypatch)
-    with pytest.raises(SystemExit, match="RESULTS.md has 0 rows 'mergekit-extract-lora' in the table after"):
+    with pytest.raises(SystemExit, match=r"RESULTS\.md has 0 rows 'mergekit-extract-lora' in the table after"):
         pictures.PICTURES["time.svg"](pictures.RESULTS.read_text().replace("| mergekit-extract-lora", "| mergekit"))
 
 
