@@ -413,9 +413,6 @@ def test_an_extra_that_does_not_fit_config_or_weight_is_refused(
 REFUSED_FIELDS: dict[str, Any] = {
     "arrow_config": {"top_k": 3},
     "kasa_config": {"beta": 1e-4},
-    "monteclora_config": {"num_samples": 8},
-    "velora_config": {"num_groups": 2},
-    "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
     "layer_replication": [[0, 2], [1, 3]],
 }

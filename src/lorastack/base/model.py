@@ -22,6 +22,8 @@ from lorastack.errors import FormatError, ShapeError, UnknownNameError, Unsuppor
 from lorastack.formats.gguf_header import Header
 from lorastack.formats.safetensors_file import SafetensorsFile
 
+#: Why a weight cannot hold what a live model adds.
+IN_GROUPS = "is a convolution in groups, and the update is of all its channels"
 #: No model has more blocks, nor more heads in one.
 MAX_LAYERS, MAX_HEADS = 1_000, 65_536
 #: Classes with transformers' Conv1D, and the layers that are.
@@ -267,10 +269,12 @@ class BaseModel:
         Raises
         ------
         ShapeError
-            When it has another shape than the adapter changes.
+            When it has another shape than the adapter changes, or is in groups that the update does not have.
         """
         if problem := self.misfit(name, delta):
             raise ShapeError(f"base {self.name}: {problem}")
+        if self.in_groups(name, delta):
+            raise ShapeError(f"base {self.name}: weight {name} {IN_GROUPS}")
         array = self.weight(name)
         if delta.kind == "conv":
             return array.reshape(1, array.shape[0], -1)
@@ -297,10 +301,22 @@ class BaseModel:
         """Say why ``delta`` is no update of the weight ``name``; None when it is, or its shape cannot be told."""
         shape = self.shape_of(name)
         # A quantised weight is stored packed, in a shape of its own.
-        if not shape or self.quantised or shape in (wanted := self._shapes(name, delta)):
+        if not shape or self.quantised or shape in (wanted := self._shapes(name, delta)) or self.in_groups(name, delta):
             return None
         changes = " or ".join(str(list(s)) for s in wanted)
         return f"weight {name} is {list(shape)} in the base, this adapter changes {changes}"
+
+    def in_groups(self, name: str, delta: LoraDelta) -> bool:
+        """Whether the weight is a convolution whose groups see some of the channels each; its update sees all.
+
+        A live model can add that (PEFT makes such adapters), a weight cannot hold it.
+        """
+        shape = self.shape_of(name) or ()
+        if delta.kind != "conv" or len(shape) < 3:
+            return False
+        channels, *kernel = delta.factors[0].shape[1:]
+        groups = channels // shape[1] if channels % shape[1] == 0 else 0
+        return groups > 1 and shape == (delta.out_features, channels // groups, *kernel) and shape[0] % groups == 0
 
     def _shapes(self, name: str, delta: LoraDelta) -> list[tuple[int, ...]]:
         """The shapes of a weight that the update fits."""

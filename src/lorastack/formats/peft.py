@@ -23,10 +23,12 @@ from lorastack.formats.peft_extras import ExtraSorter, frozen, refuse, refuse_em
 from lorastack.formats.peft_files import open_folder, open_weights
 from lorastack.formats.peft_keys import PREFIX, is_inside, may_be_wrapped, plain_keys, split
 from lorastack.formats.peft_parameters import Parameters
+from lorastack.formats.peft_variants import block_diagonal, is_of_training
 from lorastack.formats.safetensors_file import FLOATS, Info
 from lorastack.formats.tensors import Renamed, Tensors
 from lorastack.ways import ignoring, ways
 
+Shape = tuple[int, ...]
 #: Where a file of ours keeps what it was made of, in the weights' own metadata: PEFT warns of fields it does not know.
 RECIPE_KEY = "lorastack.recipe"
 #: Where an adapter's metadata keeps what was done to read its file, for `lorastack.inspect`.
@@ -200,7 +202,7 @@ class _Sorter:
         self._pair(parts["embedding_a"], parts["embedding_b"], ("lora_embedding_A", "lora_embedding_B"), embedding=True)
         left_out = self._left_out([key for key, _ in others])
         for key, part in others:
-            if key not in left_out:
+            if key not in left_out and not is_of_training(key):
                 self.extras.take(key, part)
 
     def _left_out(self, keys: list[str]) -> set[str]:
@@ -210,13 +212,15 @@ class _Sorter:
             self.notes = (f"{len(left_out)} tensors of the base itself are left out, such as {left_out[0][17:]}",)
         return set(left_out)
 
-    def build(self, _: str, how: tuple[str, str, float, Kind, int, bool]) -> LoraDelta:
+    def build(self, weight: str, how: tuple[str, str, float, Kind, int, bool]) -> LoraDelta:
         key_a, key_b, scaling, kind, rank, over = how
         a, b = self.tensors.factor(key_a, self.allow), self.tensors.factor(key_b, self.allow)
         if rank:
             a, b = _experts(a, b, rank)
-        if kind == "conv" and b.shape[1] < a.shape[0]:
-            b = _of_groups(b, a.shape[0])
+        if kind == "linear" and self.config.blocks:
+            a = block_diagonal(a, a.shape[1] * self.config.blocks.times(weight.removesuffix(".weight"))[0])
+        if kind in ("linear", "conv") and b.shape[1] < a.shape[0]:
+            b = block_diagonal(b, a.shape[0])  # a convolution in groups too
         delta = LoraDelta(a, b, scaling, kind)
         return delta.over(kind) if over else delta
 
@@ -244,9 +248,9 @@ class _Sorter:
             # PEFT looks a parameter up by its own name, in the patterns too.
             rank, scaling = self.config.rank_of(parameter or module), self.config.scaling_of(parameter or module)
             experts, over = 0, False
-            over_groups = kind == "conv" and len(shape_b) == len(shape_a) and 0 < shape_b[1] < shape_a[0]
-            if over_groups and shape_a[0] % shape_b[1] == 0 and shape_b[0] % (shape_a[0] // shape_b[1]) == 0:
-                shape_b = (shape_b[0], shape_a[0], *shape_b[2:])
+            times_a, times_b = self._blocks(module, kind, parameter, shape_a, shape_b)
+            if shape_a[0] % times_a == 0 and shape_b[0] % times_b == 0:
+                shape_a, shape_b = _wider(shape_a, times_a), _wider(shape_b, times_b)
             if parameter:
                 weight, square = parameter, shape_a[-1:] == shape_b[:1]
                 kind, over = self.parameters.kind(shape_a[0] if shape_a else 0, rank, square)
@@ -256,9 +260,15 @@ class _Sorter:
                 self.problems.add(f"{where}: weight {weight} has two updates, by {self.how[weight][0]} and {key_a}")
             self.how[weight] = (key_a, key_b, scaling, kind, experts, over)
 
-    def _check_shapes(
-        self, module: str, a: tuple[int, ...], b: tuple[int, ...], rank: int, kind: Kind, experts: int
-    ) -> None:
+    def _blocks(self, module: str, kind: Kind, parameter: str | None, a: Shape, b: Shape) -> tuple[int, int]:
+        """How many blocks of a diagonal lora_A and lora_B are stored as; 1 for what is whole."""
+        if kind == "conv" and len(b) == len(a) and 0 < b[1] < a[0] and a[0] % b[1] == 0:
+            return 1, a[0] // b[1]  # of a convolution in groups
+        if kind == "linear" and len(a) == len(b) == 2 and self.config.blocks and not parameter:
+            return self.config.blocks.times(module)
+        return 1, 1
+
+    def _check_shapes(self, module: str, a: Shape, b: Shape, rank: int, kind: Kind, experts: int) -> None:
         where = self.tensors.path
         if experts:
             if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] % rank:
@@ -275,20 +285,8 @@ class _Sorter:
             )
 
 
-def _of_groups(b: Factor, rank: int) -> Factor:
-    """lora_B of a convolution in groups, whose rows see the ranks of their own group only, as one that sees all."""
-    out, ranks = b.shape[:2]
-    groups = rank // ranks
-    rows = out // groups
-    shape = (out, rank, *b.shape[2:])
-
-    def spread(array: np.ndarray) -> np.ndarray:
-        whole = np.zeros(shape, array.dtype)
-        for g in range(groups):
-            whole[g * rows : (g + 1) * rows, g * ranks : (g + 1) * ranks] = array[g * rows : (g + 1) * rows]
-        return whole
-
-    return b.mapped(spread, shape)
+def _wider(shape: Shape, times: int) -> Shape:
+    return (shape[0], shape[1] * times, *shape[2:]) if times > 1 else shape
 
 
 def _experts(a: Factor, b: Factor, rank: int) -> tuple[Factor, Factor]:

@@ -14,6 +14,7 @@ from lorastack.core.patterns import PatternTable
 from lorastack.errors import FormatError, Problems, shown
 from lorastack.formats.json_object import read_object
 from lorastack.formats.opened import OpenedFile
+from lorastack.formats.peft_variants import Blocks, parse_blocks
 from lorastack.ways import ignoring, ways
 
 CONFIG_NAME = "adapter_config.json"
@@ -23,21 +24,19 @@ MAX_NESTING = 20
 _WITHOUT_EFFECT = frozenset(
     "peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode task_type target_modules "
     "exclude_modules lora_dropout layers_to_transform layers_pattern megatron_config megatron_core loftq_config "
-    "eva_config corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying "
+    "eva_config corda_config lora_ga_config velora_config monteclora_config qalora_group_size runtime_config "
+    "ensure_weight_tying "
     "base_model_class parent_library merge_weights".split()
 )
 #: Fields that this reader honours.
 _HONOURED = frozenset(
     "r lora_alpha use_rslora use_dora rank_pattern alpha_pattern target_parameters fan_in_fan_out bias lora_bias "
-    "modules_to_save trainable_token_indices alora_invocation_tokens init_lora_weights".split()
+    "modules_to_save trainable_token_indices alora_invocation_tokens init_lora_weights use_bdlora".split()
 )
 #: Fields whose effect is known and not supported, and what to do instead.
 _REFUSED = {
     "arrow_config": "Arrow routes every token through a choice of adapters",
     "kasa_config": "KaSA changes the base weights",
-    "monteclora_config": "MonteCLoRA samples its update",
-    "velora_config": "VeLoRA changes how the update is computed",
-    "use_bdlora": "block-diagonal factors are stored in another layout",
     "use_qalora": "QA-LoRA pools the input in groups",
     "layer_replication": "the adapter names layers of a base whose layers were replicated",
 }
@@ -56,11 +55,12 @@ class PeftConfig:
     rank_pattern: PatternTable[int]
     alpha_pattern: PatternTable[float]
     target_parameters: tuple[str, ...]
+    blocks: Blocks | None = None
 
     @property
     def uniform(self) -> bool:
-        """True when every module has the same rank and alpha."""
-        return not self.rank_pattern and not self.alpha_pattern
+        """True when every module has the same rank and alpha, and whole factors."""
+        return not self.rank_pattern and not self.alpha_pattern and not self.blocks
 
     def rank_of(self, module: str) -> int:
         """The rank of one module, by its path."""
@@ -131,6 +131,7 @@ def parse_config(
         deep = {key: "its brackets are nested too deeply" for key in pattern if _depth(key) > MAX_NESTING}
         for key, why in (tables[field].bad | deep).items():
             problems.add(f"{label}: {field} has {shown(key)}, which is no regular expression read here ({why})")
+    blocks = parse_blocks(raw.get("use_bdlora"), label, problems)
     if len(problems.lines) > before:
         return None
     return PeftConfig(
@@ -141,6 +142,7 @@ def parse_config(
         tables["rank_pattern"],
         tables["alpha_pattern"],
         tuple(raw.get("target_parameters") or ()),
+        blocks,
     )
 
 

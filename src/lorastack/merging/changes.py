@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lorastack.algebra.entries import Entry
-from lorastack.base.model import BaseModel, Stored
+from lorastack.base.model import IN_GROUPS, BaseModel, Stored
 from lorastack.core.delta import LoraDelta
 from lorastack.core.extras import KINDS
 from lorastack.core.factor import Factor
@@ -81,6 +81,8 @@ def changes_of(entries: Sequence[Entry], base: BaseModel) -> dict[str, Change]:
         if "alora" in extras:
             problems.add(f"{name}: it has {KINDS['alora']}, which weights cannot do{ways(_LIVE)}")
         for weight, delta in lora.adapters.items():
+            if base.in_groups(weight, delta):
+                problems.add(f"{name}: weight {weight} {IN_GROUPS}{ways(_LIVE)}")
             at(weight).terms.append(Term(name, scale, delta, extras.get("dora", {}).get(weight)))
         for weight, factor in extras.get("lora_bias", {}).items():
             bias = f"{weight.removesuffix('.weight')}.bias"

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from lorastack.base.model import IN_GROUPS
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, Problems, UnsupportedError
@@ -204,7 +205,7 @@ def _check(parts: _Parts, patches: Sequence[Patch], places: Places) -> None:
     for name, at in parts.items():
         place = at[0][1].place
         if getattr(place.module, "groups", 1) != 1:
-            problems.add(f"weight {name} is in groups, and the update of all its channels{ways(_ATTACH)}")
+            problems.add(f"weight {name} {IN_GROUPS}{ways(_ATTACH)}")
         weight = place.module._parameters.get(place.parameter)
         if weight is None or weight.dtype not in _FLOATS or weight.device.type == "meta":
             problems.add(f"weight {name} is packed, or kept elsewhere, and cannot be written to{ways(_ATTACH)}")
