@@ -39,7 +39,9 @@ def workplace(tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if written(p, "python", "console", "text")], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if written(p, "python", "console", *typed.SHOWN)], ids=lambda p: p.name
+)
 def test_a_page_can_be_typed_from_top_to_bottom_and_shows_what_comes_out(page: Path, workplace: Path) -> None:
     words = [sys.executable, str(ROOT / "tests" / "typed.py"), str(page)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=workplace)

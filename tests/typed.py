@@ -4,7 +4,8 @@ Run: python tests/typed.py PAGE [--write]     (in a folder with the demo's files
 
 - ``python`` blocks run one after another in one interpreter.
 - Every line of a ``console`` block is a ``$ lorastack ...`` command. It ends well, or the page shows its error.
-- A ``text`` block is what the block right before it printed: nothing else is written as ``text``.
+- A ``text`` block, or an ``output`` block where lines are not to be broken, is what the block right before it printed:
+  nothing else is written so.
 - A block of another language whose title is a file's name is that file.
 - ``sh`` and ``py`` blocks are not run.
 """
@@ -27,6 +28,8 @@ from typing import Any
 FENCE = re.compile(r'^```(\w*)(?: title="([^"\n]*)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 #: What is left of a number after float32.
 ROUNDING = re.compile(r"\b\d(\.\d+)?e-0[6-9]\b")
+#: How what was printed is written.
+SHOWN = ("text", "output")
 #: Programs that a page may load its file in and a plain machine may lack.
 OPTIONAL = ("llama_cpp",)
 
@@ -104,7 +107,7 @@ def typed(page: Path) -> tuple[str, list[str]]:
     names: dict[str, Any] = {"__name__": "__main__"}
     printed: str | None = None
     for block in blocks(text):
-        if block.language == "text":
+        if block.language in SHOWN:
             if not block.follows:
                 wrong.append(f"a text block shows what nothing before it printed:\n{block.content}")
             elif printed is not None and lines(block.content) != lines(printed):
