@@ -102,7 +102,8 @@ def install(scratch: Path, clone: Path) -> None:
     for name, text in pages.items():
         (scratch / f"{name}.md").write_text(text)
         shutil.copytree(clone / "examples/demo", scratch / f"playground-{name}")
-        shell.type(f"cd {scratch}/playground-{name} && python {clone}/tests/typed.py ../{name}.md")
+        # In parentheses, since a shell that is led somewhere stays there.
+        shell.type(f"(cd {scratch}/playground-{name} && python {clone}/tests/typed.py ../{name}.md)")
 
 
 def main() -> None:
