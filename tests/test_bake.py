@@ -347,7 +347,7 @@ def test_programs_that_know_one_alpha_and_one_rank_get_the_right_scaling(truth: 
     (scaling,) = {delta.scaling for delta in baked.adapters.values()}
     assert said["lora_alpha"] / said["r"] == pytest.approx(scaling, rel=1e-15, abs=0)
     assert not said["use_rslora"]
-    assert said["base_model_name_or_path"] == str(base)
+    assert "base_model_name_or_path" not in said, "the adapters do not agree, and the base that was given is a path"
     assert said["task_type"] == "CAUSAL_LM"
 
 

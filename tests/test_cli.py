@@ -339,7 +339,7 @@ def test_bake_makes_one_of_two_formats_given_the_base(lorastack: Command, output
     lora = assert_is(output, truth("base", naming, *MIXED))
     assert lora.naming == naming
     assert lora.metadata.get("general.architecture") == ("llama" if naming == "gguf" else None)
-    assert lora.metadata.get("base_model_name_or_path") == (None if naming == "gguf" else "base")
+    assert lora.metadata.get("base_model_name_or_path") == (None if naming == "gguf" else "lorastack-demo-base")
 
 
 def test_bake_without_the_base_says_what_to_give(lorastack: Command) -> None:

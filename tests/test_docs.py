@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import typer.main
 
+from lorastack import recipe_text
 from lorastack.cli.application import app
 from tests import typed
 from tests.conftest import ROOT, lacking
@@ -74,6 +75,29 @@ def test_every_command_is_documented_with_an_example() -> None:
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         assert f"## lorastack {name}\n" in reference
         assert f"`lorastack {name} " in (command.help or ""), f"{name} has no example in its help"
+
+
+def test_every_option_is_in_the_reference_and_says_what_it_is() -> None:
+    reference = (ROOT / "docs" / "cli.md").read_text()
+    parts = dict(re.findall(r"^## lorastack (\S+)\n(.*?)(?=^## |\Z)", reference, re.DOTALL | re.MULTILINE))
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert parts.keys() == commands.keys()
+    for name, command in commands.items():
+        listed = re.findall(r"^\| (.+?) \| (.+?) \|$", parts[name], re.MULTILINE)
+        documented = {word for words, _ in listed for word in re.findall(r"`(-[^`]+)`", words)}
+        options = [one for one in command.params if one.param_type_name == "option"]
+        assert documented == {word for one in options for word in one.opts}, name
+        assert all(said.strip() for _, said in listed), name
+
+
+def test_the_page_on_recipes_has_every_key_and_no_other() -> None:
+    page = (ROOT / "docs" / "bake.md").read_text()
+    (table,) = re.findall(r"\| key \| what it says \|\n\|---\|---\|\n((?:\|.*\n)+)", page)
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.MULTILINE))
+    assert rows.keys() == recipe_text.ADAPTER_KEYS
+    assert set(re.findall(r"`\{(\w+) =", rows["steps"])) == recipe_text.STEPS
+    (whole,) = re.findall(r"^Keys of the whole: (.*?):\n", page, re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"`\[*(\w+)\]*`", whole)) == recipe_text.KEYS
 
 
 def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -44,6 +44,15 @@ def test_the_folder_is_the_mixture_and_says_no_path(sent: Path, demo: Path) -> N
         assert str(demo).encode() not in file.read_bytes()
 
 
+def test_the_card_is_that_which_save_writes_but_for_where_to_load_from(sent: Path, demo: Path, tmp_path: Path) -> None:
+    baked = LoraStack([(load(demo / "luna"), 0.7), (load(demo / "robot"), 0.3)]).bake(name="both", rank=4)
+    baked.push_to_hub("acme/both")
+    saved = baked.save(tmp_path / "saved", recipe=False)
+    pushed, written = ((folder / "README.md").read_text().splitlines()[:-1] for folder in (sent, saved))
+    assert 'model = PeftModel.from_pretrained(model, "acme/both")' in pushed
+    assert [line.replace("acme/both", "path/of/this/folder") for line in pushed] == written
+
+
 @pytest.mark.parametrize(("said", "kept"), [("acme/base", "acme/base"), ("/models/base", None), ("../acme/base", None)])
 def test_only_an_id_of_the_hub_is_the_base(sent: Path, demo: Path, tmp_path: Path, said: str, kept: str | None) -> None:
     shutil.copytree(demo / "luna", tmp_path / "luna")

@@ -180,7 +180,8 @@ def test_through_peft_nothing_is_lost(drawn: tuple[dict[str, LoraDelta], str], d
     lora = lora_of(drawn[0], "hf")
     with tempfile.TemporaryDirectory() as folder:
         path = save(lora, Path(folder) / "x", dtype=dtype)
-        assert sorted(file.name for file in path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        names = sorted(file.name for file in path.iterdir())
+        assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
         assert_same(peft_by_hand(path), lora, dtype, folded=False)
         assert_same(by_ours(load(path)), lora, dtype, folded=False)
         with safe_open(path / "adapter_model.safetensors", "pt") as file:

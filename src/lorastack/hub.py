@@ -1,4 +1,4 @@
-"""Where a path or a hub id lies on this machine, through ``huggingface_hub``."""
+"""Where a path or a hub id lies on this machine, through ``huggingface_hub``; and what others may be told of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from lorastack.errors import FormatError
-from lorastack.files import local, looked_into, nearest, status_of
+from lorastack.files import local, looked_into, nearest, present, status_of
 
 #: owner/name, then a folder inside, then a revision.
 _HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)((?:/[\w][\w.-]*)*)(?:@([\w][\w./-]*))?")
@@ -16,6 +16,11 @@ _ADDRESS = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)"
     r"(?:/(?:tree|blob|resolve|raw)/([^/?#]+)((?:/[^/?#]+)*))?/?(?:[?#].*)?"
 )
+#: owner/name as the hub lets it be, or one of the names without an owner that it still has, then perhaps a revision.
+_NAME = re.compile(r"((?:[a-z0-9][\w.-]*/)?[a-z0-9][\w.-]*)(?:@[\w./-]+)?", re.ASCII | re.IGNORECASE)
+_LONGEST = 96
+#: A place in the cache: owner, name, revision, what is inside.
+_CACHED = re.compile(r"(?:^|/)models--(?:([^/]+?)--)?([^/]+)/snapshots/([^/]+)(?:/(.+))?$")
 _FILES = (".gguf", ".safetensors", ".bin")
 _CONFIG = "adapter_config.json"
 #: With shards and their index.
@@ -50,6 +55,49 @@ def resolve(given: str, subfolder: str | None = None, patterns: tuple[str, ...] 
         folder = _snapshot(given, repository, revision, [f"{inner}/{p}" for p in patterns])
         return _inside(folder, inner)
     return _inside(folder, inner) if inner else folder
+
+
+def hub_id(said: object) -> str | None:
+    """The id of a model on the hub that a word means; None for a path of a machine, and for anything else.
+
+    What is there on this machine under that name is a path.
+
+    >>> hub_id("acme/base"), hub_id("gpt2"), hub_id("acme/base@v2"), hub_id("https://huggingface.co/acme/base")
+    ('acme/base', 'gpt2', 'acme/base', 'acme/base')
+    >>> [hub_id(path) for path in ("/models/base", "../base", "~/base", "C:\\\\base", "base.gguf", "a/b/c", None)]
+    [None, None, None, None, None, None, None]
+    """
+    if not isinstance(said, str):
+        return None
+    if found := _ADDRESS.fullmatch(said):
+        said, local_ = found[1], False
+    else:
+        said, local_ = of_cache(said) or said, present(local(said)) and not of_cache(said)
+    match = _NAME.fullmatch(said)
+    if local_ or not match or said.endswith(_FILES):
+        return None
+    name = match[1]
+    odd = "--" in name or ".." in name or name.endswith((".", "-")) or len(name) > _LONGEST
+    return None if odd else name
+
+
+def told(said: str) -> str:
+    """What others are told of a model or an adapter: its id on the hub, or the last name of a path.
+
+    >>> told("acme/base"), told("/home/me/models/base/"), told("../x.gguf"), told("C:\\\\models\\\\base")
+    ('acme/base', 'base', 'x.gguf', 'base')
+    """
+    return hub_id(said) or re.split(r"[/\\]", said.rstrip("/\\"))[-1]
+
+
+def of_cache(path: str) -> str | None:
+    """The word for a place in the hub's cache, as `resolve` takes it; None for any other.
+
+    >>> of_cache("/home/me/.cache/huggingface/hub/models--acme--base/snapshots/0a1b/v2")
+    'acme/base/v2@0a1b'
+    """
+    found = _CACHED.search(path)
+    return found and f"{'/'.join(filter(None, (found[1], found[2], found[4])))}@{found[3]}"
 
 
 def _of_address(given: str) -> str:

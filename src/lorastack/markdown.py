@@ -1,12 +1,33 @@
-"""Markdown: texts out of files and names in the cards that are written."""
+"""Markdown: texts out of files and names in the cards and tables that are written."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
+
+from lorastack.errors import printable
+
+#: What would end a cell, begin HTML, a link, code or a formula, or change letters; inside a word ``_`` does nothing.
+_SPECIAL = re.compile(r"[\\|<>&`*\[\]~$#]|(?<![^\W_])_|_(?![^\W_])")
+
 
 def in_a_cell(text: str) -> str:
-    """A text on one line, and no end of a table's cell.
+    """A text on one line, and no end of a table's cell, nor anything else but text.
 
-    >>> in_a_cell("a\\n|b")
-    'a \\\\|b'
+    >>> in_a_cell("a\\n|b"), in_a_cell("my_model _x_ <b>")
+    ('a \\\\|b', 'my_model \\\\_x\\\\_ \\\\<b\\\\>')
     """
-    return " ".join(text.split()).replace("|", "\\|")
+    return _SPECIAL.sub(r"\\\g<0>", printable(" ".join(text.split())))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table; whatever the cells hold, it has these rows and columns.
+
+    >>> table(["adapter", "scale"], [["a|b", "0.7"]])
+    ['| adapter | scale |', '|---|---|', '| a\\\\|b | 0.7 |']
+    """
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(map(in_a_cell, cells))} |"
+
+    return [line(columns), f"|{'---|' * len(columns)}", *map(line, rows)]

@@ -1,21 +1,18 @@
-"""An adapter on the hub: a PEFT folder with a model card, which says what it was made of."""
+"""An adapter on the hub: a PEFT folder with its card, which says what it was made of."""
 
 from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 from lorastack import formats
 from lorastack.core.adapter import LoadedLora
 from lorastack.errors import ArgumentError, LoraStackError
-from lorastack.formats.provenance import Ingredient, Provenance
-from lorastack.markdown import in_a_cell
+from lorastack.files import CARD, signed
+from lorastack.formats.card import adapter_card
 
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_BASE = "base_model_name_or_path"
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 class PushError(LoraStackError, OSError):
@@ -41,12 +38,10 @@ def push_to_hub(lora: LoadedLora, repo: str, *, private: bool = False, dtype: st
         raise ArgumentError(f"{repo!r} is no repository; write owner/name")
     import huggingface_hub as hub
 
-    base = hub_base(lora)
-    said = {key: value for key, value in lora.metadata.items() if key != _BASE} | ({_BASE: base} if base else {})
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "adapter"
-        formats.save(replace(lora, metadata=MappingProxyType(said)), folder, format="peft", dtype=dtype, recipe=False)
-        (folder / "README.md").write_text(card(lora, base), encoding="utf-8")
+        folder = formats.save(lora, Path(scratch) / "adapter", format="peft", dtype=dtype, recipe=False)
+        # As `save` writes it, but for where it is loaded from.
+        (folder / CARD).write_bytes(signed(adapter_card(lora, "peft", recipe=False, place=repo)))
         try:
             client = hub.HfApi()
             client.create_repo(repo, private=private, exist_ok=True)
@@ -55,30 +50,3 @@ def push_to_hub(lora: LoadedLora, repo: str, *, private: bool = False, dtype: st
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise PushError(f"{repo}: the hub did not take {lora.name}: {first}") from error
     return f"https://huggingface.co/{repo}"
-
-
-def hub_base(lora: LoadedLora) -> str | None:
-    """The base that the adapter names, where it is an id of the hub and no path of a machine."""
-    said = lora.metadata.get(_BASE)
-    return said if isinstance(said, str) and _REPOSITORY.fullmatch(said) and not Path(said).exists() else None
-
-
-def card(lora: LoadedLora, base: str | None) -> str:
-    """The text of README.md."""
-    name = in_a_cell(lora.name)
-    lines = ["---", "library_name: peft", *([f"base_model: {base}"] if base else [])]
-    lines += ["tags:", "- lora", "- lorastack", "---", "", f"# {name}", ""]
-    lines += [
-        f"A LoRA adapter of rank {lora.rank} for {lora.num_adapters()} weights" + (f" of {base}." if base else ".")
-    ]
-    made = Provenance.of_lora(lora)
-    if lora.origin:
-        lines += ["", "It is the sum of these, baked with LoraStack:", "", "| adapter | scale |", "|---|---|"]
-        lines += [f"| {in_a_cell(_called(one))} | {one.scale:g} |" for one in made.ingredients]
-    settings = [f"{key} {value}" for key, value in made.made.items() if isinstance(value, (int, float))]
-    lines += ["", f"Settings: {', '.join(settings)}."] if settings else []
-    return "\n".join(lines) + "\n"
-
-
-def _called(one: Ingredient) -> str:
-    return one.name or Path(one.source).name

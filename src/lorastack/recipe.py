@@ -19,7 +19,7 @@ from lorastack.files import below, local, nearest, present
 from lorastack.formats.products import cut_products
 from lorastack.formats.provenance import Ingredient, Provenance, hashes
 from lorastack.mixture import parse_spec
-from lorastack.recipe_text import ingredient_of, located, read_text, values_of
+from lorastack.recipe_text import KEYS, ingredient_of, located, read_text, values_of
 from lorastack.ways import BASE, MIXED, ways
 
 #: How deep recipes may lie within recipes, and what may come of them in all: two in each of thirty make a thousand
@@ -59,7 +59,7 @@ class Recipe(Provenance):
         said = values_of(text, label)
         problems = Problems(f"{label} is no recipe")
         tables = said.get("adapter")
-        for key in sorted(set(said) - {"adapter", "base", "lorastack"}):
+        for key in sorted(set(said) - KEYS):
             problems.add(f"key {shown(key)} is not known; there are base and [[adapter]]")
         if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
             problems.add("it has no [[adapter]] with a source")

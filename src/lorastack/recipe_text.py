@@ -18,8 +18,10 @@ from lorastack.formats.provenance import Ingredient
 MAX_BYTES = 1 << 20
 #: Parts of one dotted key; what tomllib keeps of them grows by the square.
 MAX_PARTS = 32
-_ADAPTER_KEYS = {"source", "scale", "name", "select", "scales", "steps", "sha256"}
-_STEPS = {"select", "scales", "names", "rename", "without_extras", "lokr_rank"}
+#: Keys of the whole, of an adapter, and steps that change one; the docs have a table of them.
+KEYS = {"adapter", "base", "lorastack"}
+ADAPTER_KEYS = {"source", "scale", "name", "select", "scales", "steps", "sha256"}
+STEPS = {"select", "scales", "names", "rename", "without_extras", "lokr_rank"}
 
 #: Comments and strings, closed or not; the dots in them are no keys'.
 _QUOTED = re.compile(
@@ -73,8 +75,8 @@ def ingredient_of(n: int, table: dict[str, Any], folder: Path | None, problems: 
     """The adapter that a table says; None, with the reasons in ``problems``, when it has no meaning."""
     where = f"adapter {n + 1}"
     before = len(problems.lines)
-    for key in sorted(set(table) - _ADAPTER_KEYS):
-        problems.add(f"{where}: key {shown(key)} is not known; there are {', '.join(sorted(_ADAPTER_KEYS))}")
+    for key in sorted(set(table) - ADAPTER_KEYS):
+        problems.add(f"{where}: key {shown(key)} is not known; there are {', '.join(sorted(ADAPTER_KEYS))}")
     source, scale, name = table.get("source"), table.get("scale", 1.0), table.get("name")
     if not isinstance(source, str) or not source:
         problems.add(f"{where}: source is {shown(source)}, expected a path or hub id")
@@ -90,7 +92,7 @@ def ingredient_of(n: int, table: dict[str, Any], folder: Path | None, problems: 
     for step, value in steps:
         if not _good_step(step, value):
             problems.add(
-                f"{where}: step {step[:80]} = {shown(value)} has no meaning; there are {', '.join(sorted(_STEPS))}"
+                f"{where}: step {step[:80]} = {shown(value)} has no meaning; there are {', '.join(sorted(STEPS))}"
             )
     sums = table.get("sha256", {})
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):

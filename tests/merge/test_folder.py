@@ -165,7 +165,7 @@ def test_what_does_not_change_stays_to_the_byte_and_can_be_linked(tmp_path: Path
         "consolidated.safetensors",
     }
     text = (tmp_path / "out/README.md").read_text()
-    assert "| (in memory) a0 | 0.7 |" in text
+    assert "| a0 | 0.7 |" in text
     assert "| BF16 | 2 |" in text
     assert (tmp_path / "out/config.json").read_bytes() == (base / "config.json").read_bytes()
 

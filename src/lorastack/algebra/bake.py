@@ -15,6 +15,7 @@ from lorastack.algebra.entries import Entry, check_fit, entries_of, weights_of
 from lorastack.algebra.entrywise import ByEntry
 from lorastack.algebra.method import Method
 from lorastack.base import BaseModel, open_base
+from lorastack.base.together import base_key
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta, read_all
 from lorastack.core.dtypes import nonfinite_count
@@ -24,6 +25,8 @@ from lorastack.core.packed import Term
 from lorastack.core.target import Naming
 from lorastack.errors import ArgumentError, Failures, NonFiniteError, Problems, UnsupportedError
 from lorastack.formats.kohya import FORMAT_KEY
+from lorastack.formats.said_base import BASE, said_by
+from lorastack.hub import hub_id
 from lorastack.ways import argument, drop_extras, ways
 
 if TYPE_CHECKING:
@@ -172,14 +175,18 @@ def _refuse_extras(entries: list[Entry]) -> None:
 
 def _metadata(loras: list[LoadedLora], base: BaseModel | None, naming: Naming) -> Mapping[str, Any]:
     """What every adapter of the stack agrees on, and what the base says."""
-    keys = ("general.architecture", "base_model_name_or_path", "task_type", "fan_in_fan_out", FORMAT_KEY)
+    keys = ("general.architecture", BASE, "task_type", "fan_in_fan_out", FORMAT_KEY)
     agreed = {}
     for key in keys:
         values = [lora.metadata[key] for lora in loras if lora.metadata.get(key) is not None]
         if values and all(value == values[0] for value in values):
             agreed[key] = values[0]
-    if base is not None and base.naming == "hf":
-        agreed["base_model_name_or_path"] = base.name
+    words = [word for lora in loras if (word := said_by(lora))]
+    named = {name for word in words if (name := hub_id(word))}
+    if len(named) == 1 and len({base_key(word) for word in words}) == 1:
+        agreed[BASE] = named.pop()
+    elif base is not None and base.naming == "hf":
+        agreed[BASE] = base.name
     if base is not None and naming == "gguf":
         agreed.setdefault(
             "general.architecture", base.architecture_name if base.naming == "gguf" else base.architecture.gguf

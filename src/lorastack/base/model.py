@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorastack.base.architectures import Architecture, architecture_of
+from lorastack.base.architectures import BY_HF, Architecture, architecture_of
 from lorastack.base.foreign import ForeignNames
 from lorastack.base.parts import in_pipeline, in_text_encoder
 from lorastack.base.spelling import TEXT_PARTS, other_spellings
@@ -156,6 +156,26 @@ class BaseModel:
         shapes = {name: () if self.quantised and name not in stored else shape for name, shape in said.shapes.items()}
         rename = said.rename or (lambda name: name)
         return replace(self, shapes=shapes, stored=stored, prefix=said.prefix, tied=said.tied, renaming=lambda: rename)
+
+    def with_all_names(self) -> BaseModel:
+        """The base with every name that its class gives a tensor, for whoever writes one or compares whole models.
+
+        Files tell the usual pair, an embedding and its ``lm_head``, which is all that the listed classes tie; BERT's
+        ties a bias too, and calls its head otherwise. Asking a class takes a second.
+        """
+        if self.architecture_name in BY_HF or self.config.get("tie_word_embeddings") is False or self.live is None:
+            return self
+        guessed = self.tied.keys() - self.live.shapes.keys()
+        new = {name: of for name, of in self.live.tied.items() if of in self.stored and name not in self.shapes}
+        shapes = {name: shape for name, shape in self.shapes.items() if name not in guessed}
+        stored = {name: place for name, place in self.stored.items() if name not in guessed}
+        known = {name: of for name, of in self.tied.items() if name not in guessed}
+        return replace(
+            self,
+            shapes=shapes | {name: self.shapes[of] for name, of in new.items()},
+            stored=stored | {name: self.stored[of] for name, of in new.items()},
+            tied=known | new,
+        )
 
     @property
     def _asked(self) -> Mapping[str, tuple[int, ...]]:

@@ -13,6 +13,8 @@ Role = Literal["linear", "head", "embedding", "experts", "conv", "other"]
 
 #: The last part of a module's name. T5's bias by distance is an embedding too, what projects embeddings is not.
 _EMBEDDING = re.compile(r"(?!\w*(proj|mapping))\w*embe?d\w*|wte|wpe|shared|relative_attention_bias|token_types")
+#: BART's kind of them is called with other things than ids, so that no update of an embedding goes into it.
+_POSITIONS = "embed_positions"
 _HEADS = frozenset("lm_head embed_out proj_out output_projection output".split())
 _ROUTERS = ("gate", "router")
 
@@ -31,6 +33,10 @@ def role_of(base: BaseModel, name: str) -> Role:
     if parameter != "weight" or 0 in shape:
         return "other"
     path, _, last = module.rpartition(".")
+    if last == _POSITIONS:
+        return "other"
+    if len(shape) == 2 and (name in base.tied or name in base.tied.values()) and not _EMBEDDING.fullmatch(last):
+        return "head" if name in base.tied or last in _HEADS else "embedding"
     if len(shape) == 2 and last in _HEADS and (last not in ("output", "proj_out") or not path):
         return "head"
     if len(shape) == 2 and _EMBEDDING.fullmatch(last):

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 from lorastack.core.adapter import LoadedLora
 from lorastack.errors import NamingError
+from lorastack.formats.said_base import SAID
 from lorastack.ways import MIXED, ways
 
-#: What adapters name a base by: a PEFT folder's field, and a GGUF adapter's keys.
-_NAMES = ("base_model_name_or_path", "general.base_model.0.repo_url")
 _ARCHITECTURE = "general.architecture"
 #: Endings of a name that tell how the same weights are stored, or who stored them so.
 _STORED = re.compile(
@@ -71,7 +70,7 @@ def _key(lora: LoadedLora, said: str) -> str:
         return str(lora.metadata.get(said) or "")
     if any(step == "names" for step, _ in lora.history):
         return ""  # the base its names were converted with was the caller's choice, wherever that lies
-    return next((key for field in _NAMES if (key := base_key(str(lora.metadata.get(field) or "")))), "")
+    return next((key for field in SAID if (key := base_key(str(lora.metadata.get(field) or "")))), "")
 
 
 def _groups(entries: Sequence[tuple[str, LoadedLora]]) -> int:
@@ -97,7 +96,7 @@ def _marks(lora: LoadedLora) -> set[tuple[str, str]]:
 
 
 def _line(name: str, lora: LoadedLora) -> str:
-    said = next((str(lora.metadata[field]) for field in _NAMES if lora.metadata.get(field)), None)
+    said = next((str(lora.metadata[field]) for field in SAID if lora.metadata.get(field)), None)
     architecture = lora.metadata.get(_ARCHITECTURE)
     words = [f"base {said}" if said else "", f"architecture {architecture}" if architecture else ""]
     base = ", ".join(word for word in words if word) or "no base named"

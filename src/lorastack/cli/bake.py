@@ -25,6 +25,7 @@ from lorastack.cli.options import (
     Json,
     LokrRank,
     Method,
+    NoRecipe,
     Program,
     Quiet,
     Rename,
@@ -44,6 +45,7 @@ def bake(
     output: AdapterOutput,
     base: Base = None,
     dtype: StoredType = None,
+    no_recipe: NoRecipe = False,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="The new adapter's name.")] = None,
     method: Method = "cat",
     rank: Rank = None,
@@ -143,7 +145,7 @@ def bake(
         lora = baked if coefficient is None else with_coefficient(baked, coefficient)
         if row:
             lora = fitting(lora, row, model)
-        write_adapter(lora, path, dtype, force, written_as)
+        write_adapter(lora, path, dtype, force, written_as, recipe=not no_recipe)
         written.append(_numbers(lora, path, coefficient, len(stack)))
         if not as_json:
             remark(f"{path}: {_words(lora, len(stack))}")
@@ -174,7 +176,14 @@ def _numbers(lora: LoadedLora, path: Path, coefficient: float | None, adapters: 
     }
 
 
-def write_adapter(lora: LoadedLora, output: Path, dtype: str | None, force: bool, format: Format | None = None) -> None:
+def write_adapter(
+    lora: LoadedLora,
+    output: Path,
+    dtype: str | None,
+    force: bool,
+    format: Format | None = None,
+    recipe: bool = True,
+) -> None:
     """Save an adapter, with a bar."""
     from lorastack.cli.progress import byte_bar
     from lorastack.formats import save
@@ -185,7 +194,7 @@ def write_adapter(lora: LoadedLora, output: Path, dtype: str | None, force: bool
         for f in delta.factors
     )
     with byte_bar(f"writing {output.name}", total) as advance:
-        save(lora, output, format=format, dtype=dtype, force=force, progress=advance)
+        save(lora, output, format=format, dtype=dtype, force=force, recipe=recipe, progress=advance)
 
 
 def _words(lora: LoadedLora, adapters: int) -> str:

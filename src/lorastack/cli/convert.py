@@ -16,6 +16,7 @@ from lorastack.cli.options import (
     Force,
     Ignore,
     Json,
+    NoRecipe,
     Program,
     Quiet,
     Rename,
@@ -71,6 +72,7 @@ def convert_command(
         ),
     ] = None,
     dtype: StoredType = None,
+    no_recipe: NoRecipe = False,
     drop_extras: DropExtras = False,
     force: Force = False,
     allow_nonfinite: AllowNonfinite = False,
@@ -105,7 +107,7 @@ def convert_command(
     if drop_extras:
         lora = lora.without_extras()
     lora = fitting(lora, row, open_base(base) if base else None, _layout(experts))
-    write_adapter(lora, output, dtype, force, row.format)
+    write_adapter(lora, output, dtype, force, row.format, recipe=not no_recipe)
     if as_json:
         echo_json({"output": str(output), "format": row.format, "weights": lora.num_adapters(), "rank": lora.rank})
         return

@@ -10,7 +10,7 @@ import typer
 from lorastack.cli.bake import write_adapter
 from lorastack.cli.console import echo_json, remark
 from lorastack.cli.cutting import Energy, Rank, Tolerance, loss_of, parse_ranks
-from lorastack.cli.options import AdapterOutput, Force, Json, Quiet, StoredType
+from lorastack.cli.options import AdapterOutput, Force, Json, NoRecipe, Quiet, StoredType
 from lorastack.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def extract_command(
         typer.Option("--save-rest", help="Save whole what changed and is not low-rank: norms, biases, embeddings."),
     ] = False,
     dtype: StoredType = None,
+    no_recipe: NoRecipe = False,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="The new adapter's name.")] = None,
     force: Force = False,
     as_json: Json = False,
@@ -101,7 +102,7 @@ def extract_command(
         lora = convert_names(lora, open_base(base), "gguf")
     elif not as_gguf and lora.naming == "gguf":
         raise ArgumentError(f"{output}: these models have GGUF names, and so has the adapter; write a .gguf file")
-    write_adapter(lora, output, dtype, force)
+    write_adapter(lora, output, dtype, force, recipe=not no_recipe)
     if as_json:
         echo_json(_numbers(lora, output))
     else:

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "inspect": ("inspect", "inspect_command", "Say what adapters are: weights, ranks, scaling, and what is odd."),
     "merge": ("merge", "merge_command", "Merge a weighted stack into its base: a new base that needs no adapters."),
     "push": ("push", "push_command", "Upload an adapter, or several baked into one, with a model card."),
-    "report": ("report", "report", "Write one page about adapters and their sum."),
+    "report": ("report", "report", "Write a report about adapters and their sum."),
     "resize": ("resize", "resize", "Write an adapter at a lower rank, its error said."),
     "run": ("run", "run", "Continue prompts with a base and a weighted stack of adapters."),
     "tune": ("tune", "tune", "Find the scales under which a base with adapters foretells texts best."),

@@ -143,6 +143,13 @@ Device = Annotated[
         help="auto, cpu, cuda, mps, ...",
     ),
 ]
+NoRecipe = Annotated[
+    bool,
+    typer.Option(
+        "--no-recipe",
+        help="Leave out of the file what it was made of: sources, which may be paths of this machine, and hashes.",
+    ),
+]
 DropExtras = Annotated[
     bool,
     typer.Option(

@@ -147,7 +147,7 @@ def _opened(finetuned: BaseModel | str | Path, base: BaseModel | str | Path) -> 
     for one in (tuned, model):
         if not one.stored:
             raise ArgumentError(f"{one.name} is in memory only, where no file has its weights; give its folder")
-    return tuned, model
+    return tuned.with_all_names(), model.with_all_names()
 
 
 def _compared(

@@ -58,9 +58,9 @@ def pairs_of(finetuned: BaseModel, base: BaseModel, embeddings: bool) -> Pairs:
     differ: list[str] = []
     for name, shape in base.shapes.items():
         role = role_of(base, name)
-        # A second name of one weight, which is compared under its first. An update of a head has to be there twice: of
-        # the embedding and of it, as live models keep an update apart from the weight.
-        second = name in base.tied and name in finetuned.tied and not (embeddings and role == "head")
+        # A second name of one weight, which is compared under its first. A low-rank update has to be there for each
+        # name, as live models keep an update apart from the weight.
+        second = name in base.tied and name in finetuned.tied and not (embeddings and role in _MORE)
         if name not in finetuned.shapes or second:
             continue
         own = finetuned.shapes[name]

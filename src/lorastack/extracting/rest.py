@@ -53,15 +53,19 @@ def saved(names: Sequence[str], pairs: Pairs, targets: Sequence[str], finetuned:
     """
     found = Saved()
     modules: dict[str, Mapping[str, Factor]] = {}
+    biases: dict[str, str] = {}
     for name in names:
         module = name.rpartition(".")[0]
-        if _is_bias(name, base):
-            found.extras.setdefault("bias", {})[name] = _factor(finetuned, name)
+        if bias := _as_bias(name, base):
+            biases[bias] = name
         elif _has_a_place(name, module, pairs, targets, base):
             for one in _with_second_names(module, name, finetuned, base):
                 modules[one] = _whole(one, finetuned)
         else:
             found.unsaved.append(name)
+    inside = {name for parts in modules.values() for name in parts}
+    if alone := {bias: _factor(finetuned, name) for bias, name in biases.items() if bias not in inside}:
+        found.extras["bias"] = alone
     if modules:
         found.metadata["modules_to_save"] = sorted(modules)
         found.extras["modules_to_save"] = {name: at for parts in modules.values() for name, at in parts.items()}
@@ -70,12 +74,13 @@ def saved(names: Sequence[str], pairs: Pairs, targets: Sequence[str], finetuned:
     return found
 
 
-def _is_bias(name: str, base: BaseModel) -> bool:
-    """Whether it is the bias of a layer that an adapter may have an update of, and the base has such a bias."""
-    module, _, parameter = name.rpartition(".")
-    return (
-        parameter == "bias" and name in base.shapes and role_of(base, f"{module}.weight") in ("linear", "head", "conv")
-    )
+def _as_bias(name: str, base: BaseModel) -> str | None:
+    """The name under which it is the bias of a layer that an adapter may have an update of; None where it is none."""
+    for one in (name, *(other for other, of in base.tied.items() if of == name)):
+        module, _, parameter = one.rpartition(".")
+        if parameter == "bias" and role_of(base, f"{module}.weight") in ("linear", "head", "conv"):
+            return one if one in base.shapes else None
+    return None
 
 
 def _has_a_place(name: str, module: str, pairs: Pairs, targets: Sequence[str], base: BaseModel) -> bool:

@@ -16,14 +16,17 @@ from lorastack.files.regular import (
     read_regular,
     status_of,
 )
+from lorastack.files.signed import CARD, is_signed, signed
 
 __all__ = [
+    "CARD",
     "MERGE_RECIPE",
     "OutputError",
     "below",
     "bytes_in_words",
     "check_apart",
     "check_output",
+    "is_signed",
     "kind_of",
     "local",
     "looked_into",
@@ -32,6 +35,7 @@ __all__ = [
     "present",
     "read_head",
     "read_regular",
+    "signed",
     "status_of",
     "whole_output",
 ]

@@ -23,6 +23,7 @@ from lorastack.files.regular import (
     reason,
     status_of,
 )
+from lorastack.files.signed import CARD, is_signed
 from lorastack.ways import FORCE, ways
 
 #: What was replaced is said here, at the level INFO; the command shows it.
@@ -83,8 +84,8 @@ def whole_output(
 def check_output(target: Path, force: bool, sources: Sources = ()) -> None:
     """Refuse an output that exists (without ``force``) or may not be replaced, or whose folder does not exist.
 
-    ``force`` replaces a file, or a folder that holds an adapter, or what a merge wrote, and nothing else; never one of
-    ``sources``.
+    ``force`` replaces a file, or a folder that holds an adapter, or what a merge wrote, and nothing else but texts that
+    we wrote and nobody changed; never one of ``sources``.
     """
     folder = status_of(target.parent, ArgumentError)
     if folder is None or not stat.S_ISDIR(folder.st_mode):
@@ -127,25 +128,34 @@ def _irreplaceable(target: Path, found: os.stat_result) -> str | None:
         looked_into(target, ArgumentError)
         with os.scandir(target) as entries:
             files = {entry.name: entry.is_file() for entry in entries}
-        others = sorted(name for name, is_file in files.items() if name not in ADAPTER_FILES or not is_file)
+        ours = {name for name, is_file in files.items() if is_file and _is_ours(target / name)}
+        others = sorted(set(files) - ours)
         if MERGE_RECIPE in files and not (others := _foreign_to_merge(target)):
             return None
         if others:
             return f"holds more than an adapter ({', '.join(map(shown, others[:3]))}{', ...' if others[3:] else ''})"
-        return None if not files or any(name in files for name in _WHOLE) else "holds no whole adapter"
+        whole = ours.isdisjoint(ADAPTER_FILES) or not ours.isdisjoint(_WHOLE)
+        return None if whole else "holds no whole adapter"
     led_to = status_of(target, ArgumentError) if stat.S_ISLNK(found.st_mode) else found
     if led_to is not None and not stat.S_ISREG(led_to.st_mode) and not stat.S_ISDIR(led_to.st_mode):
         return f"is {kind_of(led_to.st_mode)}"
     return None
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a file in a folder is an adapter's own, or a text that we wrote."""
+    return path.name in ADAPTER_FILES or is_signed(path)
+
+
 def _foreign_to_merge(folder: Path) -> list[str]:
-    """The files in a folder that a merge wrote which it does not name as its own."""
+    """The files in a folder that a merge wrote which it does not name as its own, or its card with others' words."""
     try:
         said = tomllib.loads(read_regular(folder / MERGE_RECIPE, _MOST, ArgumentError).decode())
-        own = said["lorastack"]["files"]
+        own = set(said["lorastack"]["files"])
+        if (folder / CARD).exists() and not is_signed(folder / CARD):
+            own.discard(CARD)
         there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
-        return sorted(set(there[:MAX_ENTRIES]) - set(own)) or (["and more"] if len(there) > MAX_ENTRIES else [])
+        return sorted(set(there[:MAX_ENTRIES]) - own) or (["and more"] if len(there) > MAX_ENTRIES else [])
     except (ValueError, KeyError, TypeError, LoraStackError):
         return [MERGE_RECIPE]
 
@@ -216,7 +226,7 @@ def _replace(partial: Partial, target: Path, old: os.stat_result) -> None:
 
 def _keep_modes(old: Path, new: Path) -> None:
     """What only its owner could read stays so."""
-    pairs = [(old, new)] + ([(old / name, new / name) for name in ADAPTER_FILES] if new.is_dir() else [])
+    pairs = [(old, new)] + ([(old / name, new / name) for name in (*ADAPTER_FILES, CARD)] if new.is_dir() else [])
     for before, after in pairs:
         if after.exists() and before.exists() and not before.is_symlink() and before.is_dir() == after.is_dir():
             after.chmod(before.stat().st_mode & 0o777)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from lorastack.core.adapter import LoadedLora
 from lorastack.errors import ArgumentError, FormatError, shown
-from lorastack.files import below, whole_output
+from lorastack.files import CARD, below, signed, whole_output
 from lorastack.formats import companions, diffusers, gguf, kohya, mlx, peft
+from lorastack.formats.card import adapter_card
 from lorastack.formats.gguf_save import save_gguf
 from lorastack.formats.heads import is_gguf, is_safetensors, read_head
 from lorastack.formats.opened import OpenedFile
@@ -23,7 +24,7 @@ from lorastack.formats.products import cut_products
 from lorastack.formats.provenance import Provenance, sources_of
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.formats.shards import refuse_part
-from lorastack.formats.writers import DIFFUSERS_WEIGHTS, Format, writer_of
+from lorastack.formats.writers import DIFFUSERS_WEIGHTS, Format, library_of, writer_of
 from lorastack.hub import ADAPTER_FILES, resolve
 from lorastack.ways import drop_extras, ways
 
@@ -104,7 +105,8 @@ def save(
 ) -> Path:
     """Write an adapter, as the ending says: ``.gguf`` as llama.cpp reads it, any other name as a PEFT folder.
 
-    The output is written beside its place and moved there whole.
+    The output is written beside its place and moved there whole. A folder gets a README.md too, the adapter's card, in
+    which no path of this machine is; nor is one written as the name of the base.
 
     Parameters
     ----------
@@ -115,8 +117,8 @@ def save(
     dtype
         ``"f32"``, ``"f16"``, ``"bf16"`` or (GGUF) ``"q8_0"``; each factor keeps its own when not given.
     force
-        Replace an output that exists: a file, or a folder that holds an adapter and nothing else; never one that
-        ``lora`` was made of.
+        Replace an output that exists: a file, or a folder that holds an adapter and nothing else (a README.md that
+        was not changed since it was written here); never one that ``lora`` was made of.
     recipe
         Keep in the file's metadata what the adapter was made of: sources, their sha256, scales.
     architecture
@@ -145,6 +147,8 @@ def save(
     _check_tokens(lora)
     with whole_output(path, force, folder=not as_file, sources=sources_of(lora)) as scratch:
         write(lora, scratch, dtype, Provenance.of_lora(lora).to_toml() if recipe else None, progress)
+        if library := library_of(write):
+            (scratch / CARD).write_bytes(signed(adapter_card(lora, library, recipe)))
     return path
 
 

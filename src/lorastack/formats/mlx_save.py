@@ -22,6 +22,7 @@ from lorastack.formats.peft import RECIPE_KEY
 from lorastack.formats.peft_config import CONFIG_NAME
 from lorastack.formats.peft_save import module_of
 from lorastack.formats.safetensors_save import Entry, kept, write_safetensors
+from lorastack.formats.said_base import base_of
 from lorastack.ways import CONVERT, drop_extras, ways
 
 _EXPERT = re.compile(r"(.+)\.experts\.(\d{1,6})\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
@@ -56,7 +57,7 @@ def save_mlx(
         "num_layers": -1,  # all of them
         "lora_parameters": {"rank": lora.rank, "scale": scale, "dropout": 0.0, "keys": keys},
     }
-    if isinstance(base := lora.metadata.get("base_model_name_or_path"), str) and is_text(base):
+    if base := base_of(lora):
         config["model"] = base
     write_safetensors(folder / WEIGHTS, entries, {RECIPE_KEY: recipe} if recipe else {}, progress)
     (folder / CONFIG_NAME).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2) + b"\n")

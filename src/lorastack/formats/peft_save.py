@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,22 @@ from lorastack.core.extras import KINDS
 from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, Problems, is_text, shown
 from lorastack.formats.peft import RECIPE_KEY
+from lorastack.formats.peft_attention import as_peft_keeps_it
 from lorastack.formats.peft_config import CONFIG_NAME
 from lorastack.formats.peft_files import WEIGHTS
 from lorastack.formats.peft_keys import PREFIX
 from lorastack.formats.peft_parameters import inner_to_outer
 from lorastack.formats.safetensors_save import Entry, kept, write_safetensors
-from lorastack.ways import BASE, CONVERT, drop_extras, ways
+from lorastack.formats.said_base import BASE, base_of
+from lorastack.ways import BASE as GIVE_BASE
+from lorastack.ways import CONVERT, drop_extras, ways
 
 #: Extras that PEFT has no place for.
 _NOT_HELD = ("norm", "lokr", "diff", "diff_b")
 #: The version of PEFT that reads factors of experts as they are written here.
 _LAYOUT = "0.19.0"
 #: Fields that say what the adapter is for, which views and bakes leave true.
-_KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out")
+_KEPT = ("revision", "task_type", "auto_mapping", "fan_in_fan_out")
 
 
 def save_peft(
@@ -51,13 +54,14 @@ def save_peft(
     """
     dtype = dtypes.checked_name(dtype, ("f32", "f16", "bf16"))
     _check(lora)
-    config = _config(lora)
+    lora, inside = as_peft_keeps_it(lora)
+    config = _config(lora, inside)
     try:
         said = orjson.dumps(config, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
     except TypeError as error:
         raise FormatError(f"{lora.name}: what {CONFIG_NAME} would say cannot be written as JSON: {error}") from error
     metadata = {"format": "pt"} | ({RECIPE_KEY: recipe} if recipe else {})
-    write_safetensors(folder / WEIGHTS, list(_entries(lora, dtype)), metadata, progress)
+    write_safetensors(folder / WEIGHTS, list(_entries(lora, inside, dtype)), metadata, progress)
     (folder / CONFIG_NAME).write_bytes(said + b"\n")
 
 
@@ -69,7 +73,7 @@ def _check(lora: LoadedLora) -> None:
         problems.add("it has no weights")
     for name, delta in lora.adapters.items():
         if delta.kind == "stored" and delta.num_experts:
-            problems.add(f"weight {name}: which way round its experts are, only the base tells{ways(BASE)}")
+            problems.add(f"weight {name}: which way round its experts are, only the base tells{ways(GIVE_BASE)}")
         if not _is_parameter(delta) and lora.naming != "kohya" and not name.endswith(".weight"):
             problems.add(f"weight {name}: its name does not end with .weight, which PEFT's modules have")
         if not is_text(name):
@@ -85,13 +89,18 @@ def _check(lora: LoadedLora) -> None:
     problems.raise_any(FormatError)
 
 
-def _config(lora: LoadedLora) -> dict[str, Any]:
+def _config(lora: LoadedLora, inside: Collection[str]) -> dict[str, Any]:
     modules = {module_of(name): delta for name, delta in lora.adapters.items() if not _is_parameter(delta)}
+    modules = {module: delta for module, delta in modules.items() if module not in inside}
     parameters = {name: delta for name, delta in lora.adapters.items() if _is_parameter(delta)}
     looked_up = modules | parameters  # in rank_pattern and alpha_pattern: by module, or by parameter with its name
     rank = Counter(delta.rank for delta in looked_up.values()).most_common(1)[0][0]
     alpha, rslora, odd = scalings(looked_up)
     config: dict[str, Any] = {key: lora.metadata[key] for key in _KEPT if lora.metadata.get(key)}
+    if base := base_of(lora):
+        config[BASE] = base
+    else:
+        config.pop("revision", None)  # which is the base's
     config |= {
         "peft_type": "LORA",
         "r": rank,
@@ -173,14 +182,15 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _entries(lora: LoadedLora, dtype: str | None) -> Iterator[Entry]:
+def _entries(lora: LoadedLora, inside: Mapping[str, str], dtype: str | None) -> Iterator[Entry]:
+    """``inside``: module -> where it lies in PEFT's model, of output projections of whole attentions."""
     inner = _inner_parameters(lora)
     for name, delta in lora.adapters.items():
         a, b = delta.factors
         if delta.kind == "experts":
             yield from _expert_entries(inner[name], a, b, dtype)
             continue
-        module = inner.get(name) or module_of(name)
+        module = inner.get(name) or inside.get(module_of(name)) or module_of(name)
         endings = ("lora_embedding_A", "lora_embedding_B") if delta.kind == "embedding" else (
             "lora_A.weight", "lora_B.weight")  # fmt: skip
         for factor, ending in zip((a, b), endings, strict=True):
@@ -196,7 +206,7 @@ def _entries(lora: LoadedLora, dtype: str | None) -> Iterator[Entry]:
         for name, factor in lora.extras.get(kind, {}).items():
             module, _, part = name.rpartition(".")
             wrapped = ".base_layer" if kind != "modules_to_save" and module in targets else ""
-            yield _entry(f"{PREFIX}{module}{wrapped}.{part}", factor, dtype)
+            yield _entry(f"{PREFIX}{inside.get(module, module)}{wrapped}.{part}", factor, dtype)
 
 
 def _entry(key: str, factor: Factor, dtype: str | None) -> Entry:

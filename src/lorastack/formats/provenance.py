@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +12,11 @@ import tomli_w
 
 from lorastack.core.adapter import LoadedLora
 from lorastack.errors import FormatError, is_text, shown
+from lorastack.hub import of_cache
 from lorastack.ways import Way, ways
+
+#: What stands in place of a path.
+_IN_MEMORY = "(in memory) "
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Ingredient:
     #: The recipe that names it, for messages.
     recipe: str | None = field(default=None, compare=False)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether it was in no file, so that nobody can load it again."""
+        return self.source.startswith(_IN_MEMORY)
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -41,20 +49,12 @@ class Provenance:
     @classmethod
     def of_lora(cls, lora: LoadedLora) -> Self:
         """What ``lora`` was made of, with the hashes of the files it came from."""
-        parts = [
-            (part, scale) for whole, scale in (lora.origin or ((lora, 1.0),)) for part, scale in leaves(whole, scale)
-        ]
+        parts = _parts(lora)
         with ThreadPoolExecutor(2) as pool:
             found = list(pool.map(hashes, [part for part, _ in parts]))
         ingredients = [
-            Ingredient(
-                _utf8(_source(part)),
-                scale,
-                _utf8(part.name),
-                tuple((_STEP_NAMES.get(step, step), value) for step, value in part.history),
-                tuple(sorted(sums.items())),
-            )
-            for (part, scale), sums in zip(parts, found, strict=True)
+            replace(one, sha256=tuple(sorted(sums.items())))
+            for one, sums in zip(ingredients_of(lora), found, strict=True)
         ]
         # Made again, it needs a base only where names were converted; what an adapter says of its own may be anywhere.
         converted = [part for part, _ in parts if any(step == "names" for step, _ in part.history)]
@@ -71,9 +71,26 @@ class Provenance:
         text = tomli_w.dumps(said)
         if not is_text(text):
             names = ", ".join(shown(one.source) for one in self.ingredients)
-            way = ways("rename what is not", Way("pass recipe=False", None))
+            way = ways("rename what is not", Way("pass recipe=False", "pass --no-recipe"))
             raise FormatError(f"the recipe names {names}, but only texts that UTF-8 holds can be kept{way}")
         return text
+
+
+def ingredients_of(lora: LoadedLora) -> list[Ingredient]:
+    """What ``lora`` was made of, without the hashes, for which every file is read."""
+    return [
+        Ingredient(
+            _utf8(_source(part)),
+            scale,
+            _utf8(part.name),
+            tuple((_STEP_NAMES.get(step, step), value) for step, value in part.history),
+        )
+        for part, scale in _parts(lora)
+    ]
+
+
+def _parts(lora: LoadedLora) -> list[tuple[LoadedLora, float]]:
+    return [(part, scale) for whole, scale in (lora.origin or ((lora, 1.0),)) for part, scale in leaves(whole, scale)]
 
 
 def sources_of(lora: LoadedLora) -> list[Path]:
@@ -100,9 +117,8 @@ def hashes(lora: LoadedLora) -> dict[str, str]:
 def _source(lora: LoadedLora) -> str:
     """Where it came from, as `load` takes it: a path, or a hub id with its revision instead of a place in the cache."""
     if lora.source is None:
-        return f"(in memory) {lora.name}"
-    match = re.search(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)(/.+)?$", lora.source.as_posix())
-    return f"{match[1]}/{match[2]}{match[4] or ''}@{match[3]}" if match else str(lora.source)
+        return f"{_IN_MEMORY}{lora.name}"
+    return of_cache(lora.source.as_posix()) or str(lora.source)
 
 
 def _utf8(text: str) -> str:

@@ -16,7 +16,7 @@ import orjson
 
 from lorastack.core import dtypes
 from lorastack.core.factor import Factor
-from lorastack.errors import Failures
+from lorastack.errors import Failures, FormatError
 from lorastack.files.large import LargeFile
 from lorastack.pipeline import ahead
 
@@ -39,12 +39,20 @@ def write_safetensors(
     metadata: Mapping[str, str],
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write ``entries`` in order; each array is computed when its turn comes."""
+    """Write ``entries`` in order; each array is computed when its turn comes.
+
+    Raises
+    ------
+    FormatError
+        When two entries have one name.
+    """
     # Larger items first keeps every tensor aligned, as the package itself orders them.
     ordered = sorted(entries, key=lambda entry: -_ITEM[entry[2]])
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     at = 0
     for name, shape, kind, _ in ordered:
+        if name in header:
+            raise FormatError(f"{path.name} cannot be written: it would have two tensors {name}")
         size = math.prod(shape) * _ITEM[kind]
         header[name] = {"dtype": STORED[kind], "shape": list(shape), "data_offsets": [at, at + size]}
         at += size

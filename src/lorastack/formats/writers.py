@@ -66,5 +66,11 @@ def writer_of(lora: LoadedLora, path: Path, format: Format | None) -> tuple[bool
     return format in _SINGLE, _SINGLE[format] if format in _SINGLE else _FOLDERS[format]
 
 
+def library_of(write: Writer) -> str | None:
+    """The library that reads the folder it writes, as the hub calls it; None of one that writes a file."""
+    libraries: dict[Writer, str] = {save_peft: "peft", save_mlx: "mlx", _in_folder: "diffusers"}
+    return libraries.get(write)
+
+
 def _in_folder(lora: LoadedLora, folder: Path, *how: Any) -> None:
     save_diffusers(lora, folder / DIFFUSERS_WEIGHTS, *how)

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lorastack.files import MERGE_RECIPE
+from lorastack.formats.card import front_matter, ingredients, lost, settings
 from lorastack.formats.provenance import Provenance
-from lorastack.markdown import in_a_cell
+from lorastack.hub import hub_id, told
+from lorastack.markdown import in_a_cell, table
 from lorastack.merging.survival import Survival
 
-CARD, RECIPE = "README.md", MERGE_RECIPE
+RECIPE = MERGE_RECIPE
 
 
 def card(provenance: Provenance, survivals: Sequence[Survival], base: str) -> str:
-    """The text of README.md."""
-    lines = ["---", f"base_model: {_quoted(base)}", "tags:", "- merge", "- lorastack", "---", ""]
-    lines += [f"# A merge into {in_a_cell(base)}", ""]
-    lines += ["Made with LoraStack: the adapters' updates were added to the base's weights, which need none now.", ""]
-    lines += ["| adapter | scale |", "|---|---|"]
-    lines += [f"| {in_a_cell(one.source)} | {one.scale:g} |" for one in provenance.ingredients]
-    lines += ["", *_how(provenance.made)]
+    """The text of README.md; of the base and the adapters what others may be told, no path of this machine."""
+    named = in_a_cell(told(base))
+    lines = [
+        *front_matter(None, hub_id(base), ("merge", "lorastack")),
+        f"# A merge into {named}",
+        "",
+        "Made with LoraStack: the adapters' updates were added to the base's weights, which need none now.",
+        "",
+        *ingredients(provenance.ingredients),
+        *settings(provenance.made),
+        *lost(provenance.made),
+    ]
     if survivals:
         lines += ["", "Of each weight's update, once rounded to the type it is stored in:", ""]
-        lines += ["| type | weights | error | kept |", "|---|---|---|---|"]
-        lines += [f"| {kind} | {count} | {error:.2g} | {kept:.1%} |" for kind, count, error, kept in by_kind(survivals)]
-    lines += ["", f"`lorastack merge {in_a_cell(base)} {RECIPE} -o OUT` makes it again.", ""]
+        lines += table(
+            ("type", "weights", "error", "kept"),
+            [(kind, f"{count}", f"{error:.2g}", f"{kept:.1%}") for kind, count, error, kept in by_kind(survivals)],
+        )
+    lines += ["", f"`lorastack merge BASE {RECIPE} -o OUT` makes it again; BASE is {named}.", ""]
     return "\n".join(lines)
 
 
@@ -38,12 +46,3 @@ def by_kind(survivals: Sequence[Survival]) -> list[tuple[str, int, float, float]
         error = math.sqrt(sum(one.error**2 for one in same) / len(same))
         found.append((kind, len(same), error, sum(one.kept for one in same) / len(same)))
     return found
-
-
-def _how(made: Mapping[str, Any]) -> list[str]:
-    said = {key: value for key, value in made.items() if not isinstance(value, (dict, list))}
-    return [f"Settings: {', '.join(f'{key} {value}' for key, value in said.items())}."] if said else []
-
-
-def _quoted(text: str) -> str:
-    return '"' + in_a_cell(text).replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -41,16 +41,26 @@ class Tokens(NamedTuple):
 
 @dataclass
 class Change:
-    """All that happens to one weight: what it starts from, what is added in order, which rows are put in at the end.
+    """All that happens to one weight: what it starts from, which rows are put in, what is added in order.
 
     ``added`` are biases with their multipliers, where the weight is itself a bias; ``dense`` are updates of full rank.
     """
 
-    terms: list[Term] = field(default_factory=list)
     replaced: Factor | None = None
     tokens: Tokens | None = None
+    terms: list[Term] = field(default_factory=list)
     added: list[tuple[float, Factor]] = field(default_factory=list)
     dense: list[tuple[float, Factor | Kronecker]] = field(default_factory=list)
+
+    @property
+    def adds(self) -> bool:
+        """Whether anything is added."""
+        return bool(self.terms or self.added or self.dense)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing happens."""
+        return not self.adds and self.replaced is None and self.tokens is None
 
 
 def changes_of(entries: Sequence[Entry], base: BaseModel) -> dict[str, Change]:

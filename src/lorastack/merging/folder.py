@@ -11,11 +11,11 @@ from typing import Any
 
 from lorastack.base.model import Part
 from lorastack.base.opening import USUAL
-from lorastack.files import below
+from lorastack.files import CARD, below
 from lorastack.formats.json_object import read_object
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.formats.shards import INDEX_ENDING
-from lorastack.merging.card import CARD, RECIPE
+from lorastack.merging.card import RECIPE
 from lorastack.merging.links import linked_to
 from lorastack.merging.plan import Plan
 from lorastack.merging.shard import Tensor, found_in, shards_of

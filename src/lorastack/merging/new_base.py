@@ -17,10 +17,10 @@ from lorastack.core.adapter import LoadedLora
 from lorastack.core.dtypes import our_name
 from lorastack.core.stack import LoraStack
 from lorastack.errors import ArgumentError, Failures
-from lorastack.files import OutputError, bytes_in_words, check_apart, check_output, whole_output
+from lorastack.files import CARD, OutputError, bytes_in_words, check_apart, check_output, signed, whole_output
 from lorastack.formats.provenance import Provenance, sources_of
 from lorastack.hub import resolve
-from lorastack.merging.card import CARD, RECIPE, card
+from lorastack.merging.card import RECIPE, card
 from lorastack.merging.folder import Folder
 from lorastack.merging.gguf_files import GgufFiles
 from lorastack.merging.importance import Importance
@@ -218,7 +218,7 @@ def open_whole(base: str | Path) -> BaseModel:
 
 def _write_words(scratch: Path, out: Path, provenance: Provenance, survivals: Sequence[Survival]) -> None:
     """The card of a new folder, and its recipe, whose paths are seen from where the folder will be."""
-    (scratch / CARD).write_text(card(provenance, survivals, provenance.base or ""), encoding="utf-8")
+    (scratch / CARD).write_bytes(signed(card(provenance, survivals, provenance.base or "")))
     own = sorted({RECIPE, *(path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file())})
     made = MappingProxyType({**provenance.made, "files": own})
     recipe = Recipe(provenance.ingredients, provenance.base, made).seen_from(out)

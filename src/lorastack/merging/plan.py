@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from lorastack.algebra.entries import Entry, fitted
 from lorastack.base.model import BaseModel, Part
 from lorastack.base.rows import Rows
-from lorastack.core.factor import Factor
 from lorastack.errors import Problems, UnsupportedError
 from lorastack.formats.safetensors_file import SafetensorsFile
-from lorastack.merging.changes import Change, changes_of, is_saved, resized
+from lorastack.merging.changes import Change, changes_of, resized
 from lorastack.merging.heads import with_heads
+from lorastack.merging.ties import head_of, tell_apart
 from lorastack.merging.update import Update, shape_in_file
 from lorastack.ways import SELECT, Way, ways
 
@@ -21,8 +21,6 @@ from lorastack.ways import SELECT, Way, ways
 _METHODS = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8"}
 _FULL = "merge into the model it was made from, and quantise that"
 _LIVE = Way("attach the stack with lorastack.torch instead", "use the adapters at run time instead")
-#: Models whose head is scaled where it is tied, and only there.
-_SCALED_WHEN_TIED = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 
 
 class Added(NamedTuple):
@@ -64,39 +62,27 @@ def plan(entries: Sequence[Entry], base: BaseModel) -> Plan:
     """
     _refuse_quantised(base)
     _refuse_fp8(base)
+    base = base.with_all_names()
     with_head, fields = with_heads(_with_a_head(base), entries)
     whole, vocabulary = resized(with_head, entries)
     changes = changes_of(fitted(entries, whole), whole)
     problems = Problems(f"base {base.name} cannot be merged into")
-    head, embedding = _tie(base)
+    parted = tell_apart(changes, whole, *head_of(base), problems)
     added: tuple[Added, ...] = ()
-    untied = False
-    if embedding and (head in changes or embedding in changes):
-        untied = _untie(changes, whole, head, embedding, problems)
-        if untied and base.parts:
-            problems.add(f"weight {head} is one tensor with {embedding}, which would change along{ways(_LIVE, SELECT)}")
-        if untied and (place := base.place_of(embedding)):
-            change = changes.pop(head, None)
-            update = _updates(head, change, whole, problems)[0][1] if change else None
-            added = (Added(head, place.parts[0], update),)
+    for name, (root, change) in parted.items():
+        if place := base.place_of(root):
+            update = _updates(root, change, whole, problems)[0][1] if change else None
+            added += (Added(name, place.parts[0], replace(update, weight=name) if update else None),)
     updates: dict[Part, Update] = {}
     for name, change in changes.items():
-        root = base.tied.get(name, name)
-        if root != name or name in _roots(base, head):
-            others = ", ".join(other for other, of in base.tied.items() if of == root and other != head)
-            problems.add(
-                f"weight {name} is one tensor with {others or root}, which would change along{ways(_LIVE, SELECT)}"
-            )
-            continue
         if change.replaced is not None and base.shape_of(name) is None:
             added += (
                 Added(name, _last(base), Update(name, shape_in_file(change.replaced.shape, None), **_said(change))),
             )
             continue
-        for part, update in _updates(name, change, whole, problems):
-            updates[part] = update
+        updates |= dict(_updates(name, change, whole, problems))
     problems.raise_any(UnsupportedError)
-    return Plan(base, updates, added, vocabulary, untied, fields)
+    return Plan(base, updates, added, vocabulary, bool(parted), fields)
 
 
 def _last(base: BaseModel) -> Part:
@@ -134,48 +120,6 @@ def _with_a_head(base: BaseModel) -> BaseModel:
         return base
     shape, place = base.shapes["token_embd.weight"], base.stored["token_embd.weight"]
     return replace(base, shapes={**base.shapes, "output.weight": shape}, stored={**base.stored, "output.weight": place})
-
-
-def _tie(base: BaseModel) -> tuple[str, str]:
-    """(head, embedding) where the two are one tensor; empty where they are not."""
-    if base.naming == "gguf":
-        tied = "output.weight" not in base.shapes and "token_embd.weight" in base.shapes
-        return ("output.weight", "token_embd.weight") if tied else ("", "")
-    for name, of in base.tied.items():
-        if not name.endswith("embed_tokens.weight"):
-            return name, of
-    return "", ""
-
-
-def _roots(base: BaseModel, head: str) -> set[str]:
-    """Weights that have second names beside the head's: embeddings that two stacks share."""
-    return {of for name, of in base.tied.items() if name != head}
-
-
-def _untie(changes: dict[str, Change], base: BaseModel, head: str, embedding: str, problems: Problems) -> bool:
-    """Whether head and embedding become two tensors; what happens to both alike is noted once, at the embedding."""
-    one, two = changes.get(embedding, Change()), changes.get(head, Change())
-    if one.tokens and not two.tokens:  # trained tokens are those of a tied head too
-        two.tokens = one.tokens
-    if two.replaced is not None and one.replaced is not None and _same(one.replaced, two.replaced):
-        two.replaced = one.replaced
-    if is_saved(base, embedding):  # a resized vocabulary is that of both, whichever was saved
-        one.replaced, two.replaced = one.replaced or two.replaced, two.replaced or one.replaced
-        changes.setdefault(embedding, one)
-    if not one.terms and not two.terms and one.replaced is two.replaced and one.tokens == two.tokens:
-        changes.pop(head, None)
-        return False
-    if base.config.get("model_type") in _SCALED_WHEN_TIED:
-        problems.add(
-            f"weight {embedding} is the head too, which this model scales while they are one{ways(_LIVE, SELECT)}"
-        )
-    if two.terms or two.replaced is not None or two.tokens:
-        changes[head] = two
-    return True
-
-
-def _same(one: Factor, other: Factor) -> bool:
-    return one is other or (one.shape == other.shape and one.raw().tobytes() == other.raw().tobytes())
 
 
 def _updates(name: str, change: Change, base: BaseModel, problems: Problems) -> list[tuple[Part, Update]]:

@@ -116,6 +116,10 @@ class Sum:
         They are made of ``start``, which are the base's rows and are changed, where somebody has read them.
         """
         rows = self.base_rows(at, scratch) if start is None else start
+        if self._tokens is not None:
+            ids, values = self._tokens
+            inside = (ids >= at.first) & (ids < at.stop)
+            rows[ids[inside] - at.first] = values[inside].astype(self.dtype)
         if self.update.terms:
             keep, left, right = self.parts(at, rows)
             if keep is not None:
@@ -128,10 +132,6 @@ class Sum:
             rows += full_rows(value, at.first, at.stop, self.dtype) * self.dtype(times)
         for times, bias in self.update.added:
             rows += bias.take().reshape(1, -1)[:, : rows.shape[1]].astype(self.dtype) * self.dtype(times)
-        if self._tokens is not None:
-            ids, values = self._tokens
-            inside = (ids >= at.first) & (ids < at.stop)
-            rows[ids[inside] - at.first] = values[inside].astype(self.dtype)
         return rows
 
     def parts(self, at: Block, rows: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:

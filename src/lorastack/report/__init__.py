@@ -1,14 +1,12 @@
-"""Pages with plots; the only package that imports plotly."""
+"""Pages with plots, pictures and Markdown; the only package that imports plotly, and not for Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorastack.base import BaseModel
-from lorastack.files import check_output, whole_output
-from lorastack.formats.provenance import sources_of
 
 if TYPE_CHECKING:
     from lorastack.core.stack import LoraStack
@@ -22,6 +20,8 @@ def report(
     base: BaseModel | str | Path | None = None,
     force: bool = False,
     *,
+    markdown: str | Path | None = None,
+    svg: str | Path | None = None,
     intruders: bool = False,
     allow_mixed_bases: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -39,7 +39,11 @@ def report(
     base
         The model they are for, or where it is: norms are then also given as a share of its weights'.
     force
-        Replace a file that exists.
+        Replace a file that exists, and a folder of pictures that nobody changed.
+    markdown
+        A file to write too: the words and tables for a card or a pull request, with links to the pictures.
+    svg
+        A new folder to write too: every figure as a picture of its own, in light and dark.
     intruders
         Look for intruder dimensions too, where there is a base: every weight of it is decomposed, which takes from
         seconds to minutes each the first time.
@@ -69,16 +73,10 @@ def report(
     >>> "7.07" in page, page.rstrip().endswith("</html>")
     (True, True)
     """
-    path = Path(path)
-    sources = [source for lora, _ in stack.entries for source in sources_of(lora)]
-    sources += [Path(base.name if isinstance(base, BaseModel) else base)] if base is not None else []
-    check_output(path, force, sources)  # before the work, not after it
-    from lorastack.report.findings import find
-    from lorastack.report.page import page
-    from lorastack.report.sections import sections
+    from lorastack.report.outputs import Outputs, write
 
-    found = find(stack, base, intruders, progress, path.parent, allow_mixed_bases)
-    text = page([(one.name, one.scale) for one in found.comparison.adapters], "LoRA report", sections(found))
-    with whole_output(path, force, sources=sources) as scratch:
-        scratch.write_text(text, "utf-8")
+    path = Path(path)
+    outputs = Outputs(path, None if markdown is None else Path(markdown), None if svg is None else Path(svg))
+    how: dict[str, Any] = {"intruders": intruders, "allow_mixed_bases": allow_mixed_bases, "progress": progress}
+    write(stack, outputs, base, force, **how)
     return path

@@ -16,6 +16,7 @@ from lorastack.algebra.lowrank import flat_shape, matrices, svd
 from lorastack.base import BaseModel, open_base
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.stack import LoraStack
+from lorastack.hub import told
 from lorastack.inspect import Inspection, inspect
 from lorastack.recipe import Recipe
 from lorastack.report.places import Grid, grid
@@ -94,7 +95,7 @@ def find(
         curve=curve,
         exact=exact,
         # Of a folder only its name: where it lies on this machine is nobody else's business.
-        base=None if base is None else Path(base.name).name if Path(base.name).exists() else base.name,
+        base=None if base is None else told(base.name),
         recipe=(recipe.seen_from(folder, also_absolute=True) if folder else recipe).to_toml(),
     )
 

@@ -1,22 +1,11 @@
-// Draws every figure of a page in the reader's light or dark scheme, as wide as there is room.
+// Draws every figure of a page in the reader's light or dark scheme, as wide as there is room. COLOURS stands before it.
 (() => {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const figures = [...document.querySelectorAll("script.figure")].map((source) => {
     const { data, layout } = JSON.parse(source.textContent);
     return { data, layout, place: source.previousElementSibling };
   });
-  const scales = (night) => ({
-    diverging: night
-      ? [[0, "#ff8f6b"], [0.25, "#a8432a"], [0.5, "#2a2d34"], [0.75, "#1f6ea3"], [1, "#7cc7ff"]]
-      : [[0, "#a8321a"], [0.25, "#ec9a80"], [0.5, "#ffffff"], [0.75, "#7db8dd"], [1, "#0b5a92"]],
-    sequential: night
-      ? [[0, "#22262e"], [0.5, "#1f7a8c"], [1, "#d5f5e3"]]
-      : [[0, "#f4f8f6"], [0.5, "#6dbfb6"], [1, "#0b3c5d"]],
-  });
-  // Hues that tell apart also for colour-blind eyes (after Okabe and Ito), at least 3 to 1 on the paper.
-  const lines = (night) => (night
-    ? ["#5aa5de", "#e69f00", "#00b386", "#d98bb3", "#a898e8", "#ff7a33"]
-    : ["#0072b2", "#a86a00", "#00795a", "#b0527f", "#6a51a3", "#c24e00"]);
+  const scheme = (night) => (night ? COLOURS.dark : COLOURS.light);
 
   const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
   const mixed = (scale, share) => {
@@ -45,7 +34,7 @@
     }];
   };
   const coloured = (trace, night, width) => {
-    const scale = scales(night)[trace.meta], colour = lines(night)[trace.meta];
+    const { [trace.meta]: scale, lines } = scheme(night), colour = lines[trace.meta];
     if (colour) return [{ ...trace, line: { ...trace.line, color: colour }, marker: { ...trace.marker, color: colour } }];
     if (!scale) return [trace];
     const drawn = { ...trace, colorscale: scale };
@@ -53,7 +42,7 @@
   };
   const draw = (night, wanted) => {
     const style = getComputedStyle(document.body);
-    const ink = night ? "#e6e8eb" : "#1c1e21", line = night ? "#343942" : "#d9dce1";
+    const { ink, line } = scheme(night);
     for (const { data, layout, place } of figures) {
       const width = wanted ?? place.clientWidth;
       const axis = { gridcolor: line, linecolor: line, tickcolor: line };

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Iterable
 from importlib.resources import files
 from typing import Any
 
 from lorastack.errors import require
+from lorastack.report.colours import DARK, LIGHT
 
 _offline: Any = require("plotly.offline", "report")
 
@@ -46,10 +48,15 @@ def page(mixture: Iterable[tuple[str, float]], kind: str, body: str) -> str:
 </main>
 <script>{_offline.get_plotlyjs()}</script>
 <script>
+const COLOURS = {_colours()};
 {here.joinpath("page.js").read_text("utf-8")}</script>
 </body>
 </html>
 """
+
+
+def _colours() -> str:
+    return json.dumps({"light": LIGHT._asdict(), "dark": DARK._asdict()})
 
 
 def title_of(entries: list[tuple[str, float]]) -> str:

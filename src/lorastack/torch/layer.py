@@ -18,6 +18,7 @@ from lorastack.torch.places import Place
 from lorastack.torch.pool import PAGE, Pool
 from lorastack.torch.prepared import Slot
 from lorastack.torch.rows import product_type
+from lorastack.torch.tensors import as_looked_up
 from lorastack.torch.tiles import Layout
 from lorastack.torch.ways import Way
 from lorastack.torch.ways.dense import DENSE
@@ -45,7 +46,6 @@ class LiveLayer(Factors):
         self.bias: torch.Tensor | None = None
         #: Whether the batch is the second axis here.
         self.time_first = False
-        self.embed_scale = getattr(place.module, "embed_scale", None) if place.kind == "embedding" else None
         self._handle: Any = None
         #: By row: the factors in pages, made when rows are first asked for, where adapters lie, and how it is computed;
         #: without pages and a way, adapter after adapter.
@@ -215,8 +215,7 @@ class LiveLayer(Factors):
         return a[:, ids.reshape(-1)].t().reshape(*ids.shape, -1)
 
     def _widened(self, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        y = F.linear(h, b)
-        return y if self.embed_scale is None else y * self.embed_scale.to(y.dtype)
+        return as_looked_up(self.place.module, F.linear(h, b))
 
     def _conv(self, running: Pass, module: Any, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)

@@ -215,7 +215,6 @@ def _check(parts: _Parts, patches: Sequence[Patch], places: Places) -> None:
 def _merge(
     done: MergedStack, parts: _Parts, patches: Sequence[Patch], places: Places, wide: torch.dtype, on_cpu: bool
 ) -> None:
-    shared = _shared(places)
     for patch in patches:
         if isinstance(patch, ModulePatch):
             for name, parameter in patch.copy._parameters.items():
@@ -225,6 +224,9 @@ def _merge(
                 if (own := patch.module._buffers.get(name)) is not None and own is not buffer:
                     done._kept.append(_Kept(patch.module, name, None, None, own))
                     patch.module._buffers[name] = buffer
+        elif isinstance(patch, TokenPatch):  # updates are added to the trained rows too
+            _put_tokens(done, patch, places, on_cpu)
+    shared = _shared(places)
     for at in parts.values():
         place = at[0][1].place
         _own(done, place.module, place.parameter, shared, on_cpu)
@@ -236,17 +238,15 @@ def _merge(
             _add_biases(done, place.module, biases, weight, on_cpu)
     for patch in patches:
         if isinstance(patch, BiasPatch):
+            _own(done, patch.module, "bias", shared, on_cpu)
             bias = patch.module._parameters["bias"]
             assert bias is not None
-            done._keep(patch.module, "bias", on_cpu)
             bias.copy_((bias.to(wide) + patch.difference.to(wide)).to(bias.dtype))
         elif isinstance(patch, ShownPatch):
+            _own(done, patch.module, patch.key, shared, on_cpu)
             own = patch.module._parameters[patch.key]
             assert own is not None
-            done._keep(patch.module, patch.key, on_cpu)
             own.copy_(patch.tensor)
-        elif isinstance(patch, TokenPatch):
-            _put_tokens(done, patch, places, on_cpu)
 
 
 def _shared(places: Places) -> set[int]:

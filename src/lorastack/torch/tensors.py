@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,14 @@ with warnings.catch_warnings():
     _frozen = np.zeros(1, np.float32)
     _frozen.flags.writeable = False
     torch.from_numpy(_frozen)
+
+
+def as_looked_up(embedding: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Rows as ``embedding`` gives its own: some models' (Gemma's, BART's) are scaled when they are looked up."""
+    scale = getattr(embedding, "embed_scale", None)
+    if scale is None:
+        return rows
+    return rows * (scale.to(rows.dtype) if isinstance(scale, torch.Tensor) else scale)
 
 
 def to_torch(factor: Factor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -12,7 +12,7 @@ from lorastack.core.factor import Factor
 from lorastack.errors import Problems
 from lorastack.torch.passes import not_pickled
 from lorastack.torch.places import Places
-from lorastack.torch.tensors import to_torch
+from lorastack.torch.tensors import as_looked_up, to_torch
 
 
 class TokenPatch:
@@ -45,7 +45,8 @@ class TokenPatch:
             return
         for module in self.modules:
             hook = self._look_up if isinstance(module, nn.Embedding) else self._project
-            self._handles.append(module.register_forward_hook(hook))
+            # Before the hooks of updates, which are added to the trained rows too, as in PEFT's forward pass.
+            self._handles.append(module.register_forward_hook(hook, prepend=True))
 
     def detach(self) -> None:
         """Take the hooks off."""
@@ -57,10 +58,7 @@ class TokenPatch:
         if not self.on:
             return output
         where = self.where[args[0]]
-        rows = self.rows[where.clamp_min(0)]
-        scale = getattr(module, "embed_scale", None)
-        if scale is not None:
-            rows = rows * (scale.to(rows.dtype) if isinstance(scale, torch.Tensor) else scale)
+        rows = as_looked_up(module, self.rows[where.clamp_min(0)])
         return torch.where((where >= 0)[..., None], rows, output)
 
     def _project(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
