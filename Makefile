@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TESTS := -m pytest -ra -m "not slow"
 
 .PHONY: help demo test test-slow test-wheel walk fuzz architectures lint types docs bench bench-fleet build clean fixtures-lycoris fixtures-mlx
 
@@ -13,12 +14,12 @@ demo: $(VENV)/.demo ## See adapters add up: the same prompts under several stack
 	@$(BIN)/python examples/demo.py playground
 
 test: $(VENV)/.dev ## Run every test (what needs a compiler is skipped with a reason)
-	$(BIN)/python -m pytest -ra -m "not slow" $(ARGS)
+	$(BIN)/python $(TESTS) $(ARGS)
 
 test-slow: $(VENV)/.dev ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -ra -m slow $(ARGS)
 
-walk: ## Type what the README shows in a clean clone, as a stranger would
+walk: ## Type what the README and the site show in a clean clone and with the wheel, as a stranger would
 	$(PYTHON) tests/walk.py $(ARGS)
 
 fuzz: $(VENV)/.fuzz ## Look for inputs that break the library (SECONDS=60 in all, TARGET=gguf, SEED=1)
@@ -58,6 +59,7 @@ types: $(VENV)/.dev ## Check types
 
 docs: $(VENV)/.dev ## Build the documentation into site/
 	$(BIN)/python docs/build_reference.py --check
+	$(BIN)/python docs/build_pictures.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.dev ## Measure against the peers
@@ -85,7 +87,7 @@ test-wheel: build ## Run every test on the built wheel instead of the checkout
 	$(BIN)/python -m pip --python .wheel/bin/python install --quiet --disable-pip-version-check --no-deps dist/*.whl
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.wheel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
 	.wheel/bin/python -c 'import lorastack; assert "/.wheel/" in lorastack.__file__, lorastack.__file__'
-	.wheel/bin/python -m pytest -ra -m "not slow" $(or $(ARGS),tests)
+	.wheel/bin/python $(TESTS) $(or $(ARGS),tests --pyargs lorastack)
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) .wheel .fixtures dist site playground fuzz-findings .mypy_cache .pytest_cache .ruff_cache .hypothesis .llama.cpp

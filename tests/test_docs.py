@@ -1,27 +1,34 @@
-"""The documentation's own examples run, every command is documented, and the demo shows what it says."""
+"""The documentation's own examples show what comes out, every command is documented, and the demo shows its effects."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
 
 from lorastack import recipe_text
 from lorastack.cli.application import app
-from tests.conftest import ROOT
+from tests import typed
+from tests.conftest import ROOT, lacking
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_TASKS = (ROOT / "mkdocs.yml").read_text().partition("- How to:")[2].partition("- Reference:")[0]
+#: The pages of tasks, but for those that measure and write no adapter.
+HOW_TO = [
+    ROOT / "docs" / name for name in re.findall(r": (\w+\.md)", _TASKS) if name not in ("compare.md", "report.md")
+]
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+def written(page: Path, *languages: str) -> list[typed.Block]:
+    """The blocks of a page in some languages."""
+    return [block for block in typed.blocks(page.read_text()) if block.language in languages]
 
 
 @pytest.fixture
@@ -33,36 +40,34 @@ def workplace(tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
-def test_python_examples_run(page: Path, workplace: Path) -> None:
-    code = "\n".join(blocks(page, "python"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=workplace)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if written(p, "python", "console", *typed.SHOWN)], ids=lambda p: p.name
+)
+def test_a_page_can_be_typed_from_top_to_bottom_and_shows_what_comes_out(page: Path, workplace: Path) -> None:
+    words = [sys.executable, str(ROOT / "tests" / "typed.py"), str(page)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=workplace)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if missing := typed.lacked(page.read_text()):
+        lacking(f"{page.name} loads its file in {' and '.join(missing)}, which is not installed: the rest of it ran")
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "console")], ids=lambda p: p.name)
-def test_command_examples_run_and_print_what_the_page_shows(page: Path, workplace: Path) -> None:
-    shown = re.findall(r"```console\n(.*?)```(?:\n+```text\n(.*?)```)?", page.read_text(), re.DOTALL)
-    for commands, text in shown:
-        printed = ""
-        for line in commands.splitlines():
-            assert line.startswith("$ lorastack ")
-            words = shlex.split(line.removeprefix("$ lorastack "))
-            done = subprocess.run([sys.executable, "-c", "from lorastack.cli import main; main()", *words],
-                                  capture_output=True, text=True, check=False, cwd=workplace)  # fmt: skip
-            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-            printed += done.stdout
-        if text:
-            assert [line.rstrip() for line in text.splitlines()] == [line.rstrip() for line in printed.splitlines()]
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ("README.md", "cli.md")], ids=lambda p: p.name)
+def test_what_is_not_run_says_so(page: Path) -> None:
+    """The README's commands are typed by ``make walk``; those of cli.md are the help's."""
+    assert [b.content for b in written(page, "sh", "py") if not b.title.startswith("Not run here")] == []
 
 
-def test_recipe_examples_load(workplace: Path) -> None:
-    from lorastack.recipe import load_stack
-
+def test_every_recipe_on_a_page_is_given_to_a_command_there() -> None:
     for page in PAGES:
-        for text in blocks(page, "toml"):
-            (workplace / "recipe.toml").write_text(text)
-            assert load_stack(["recipe.toml"], base="base", naming="hf").weights
+        typed_there = "".join(block.content for block in written(page, "console"))
+        assert [b.content for b in written(page, "toml") if not b.title or b.title not in typed_there] == [], page
+
+
+@pytest.mark.parametrize("page", HOW_TO, ids=lambda p: p.name)
+def test_a_task_ends_in_a_file_that_another_program_loads(page: Path) -> None:
+    """It is loaded where the page is typed, see above."""
+    code = "".join(block.content for block in written(page, "python"))
+    assert re.search(r"^from (peft|llama_cpp) import|\.load_lora_weights\(", code, re.MULTILINE)
 
 
 def test_every_command_is_documented_with_an_example() -> None:
@@ -95,13 +100,37 @@ def test_the_page_on_recipes_has_every_key_and_no_other() -> None:
     assert set(re.findall(r"`\[*(\w+)\]*`", whole)) == recipe_text.KEYS
 
 
-def test_the_command_reference_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("build_reference", ROOT / "docs" / "build_reference.py")
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script of docs/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look there
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "cli.md").read_text() == module.reference(), "run: python docs/build_reference.py"
+    return module
+
+
+def test_the_command_reference_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = script("build_reference", monkeypatch).reference()
+    assert (ROOT / "docs" / "cli.md").read_text() == made, "run: python docs/build_reference.py"
+
+
+def test_the_pictures_show_the_figures_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = script("build_pictures", monkeypatch)
+    measured = pictures.RESULTS.read_text()
+    for name, draw in pictures.PICTURES.items():
+        assert (ROOT / "docs" / "assets" / name).read_text() == draw(measured), "run: python docs/build_pictures.py"
+    changed = measured.replace("| 10.4 (10.1 to 10.5) |", "| 3.3 |", 1)
+    assert ">10.4</text>" in pictures.PICTURES["time.svg"](measured)
+    assert ">3.30</text>" in pictures.PICTURES["time.svg"](changed)
+    assert ">10.4</text>" not in pictures.PICTURES["time.svg"](changed)
+
+
+def test_a_figure_that_is_no_longer_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = script("build_pictures", monkeypatch)
+    with pytest.raises(SystemExit, match=r"RESULTS\.md has 0 rows 'mergekit-extract-lora' in the table after"):
+        pictures.PICTURES["time.svg"](pictures.RESULTS.read_text().replace("| mergekit-extract-lora", "| mergekit"))
 
 
 def test_the_demo_shows_every_adapters_effect_and_the_baked_text_is_the_stacks() -> None:

@@ -34,6 +34,12 @@ def test_every_fragment_of_news_is_of_a_kind() -> None:
     ] == []
 
 
+def test_the_checks_of_a_change_test_the_wheel_once() -> None:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert "LORASTACK_TEST_STRICT=1 make -o build test-wheel" in lines
+    assert not any(re.search(r"\bmake test$", line) for line in lines)
+
+
 def test_the_release_workflow_tests_the_wheel_before_it_is_published() -> None:
     jobs = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]
     assert any(step.get("run") == "make test-wheel" for step in jobs["build"]["steps"])

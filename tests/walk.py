@@ -1,15 +1,17 @@
-"""Walk: type what the README shows, in a clean clone and an empty environment, as a stranger would.
+"""Walk: type what the README and the site show, in a clean clone and an empty environment, as a stranger would.
 
 Run: make walk, or python tests/walk.py [--without COMMAND]...
 
 The two commands come first, then every other command and every Python block, twice in a row. The lines that install the
-released package are typed in an environment of their own, where the name means a wheel of this clone. Anything but
-success ends the walk, and so does a traceback or a warning on the way.
+released package are typed in an environment of their own, where the name means a wheel of this clone; there the README
+and the first pages of the built site are typed, with what they show, as `typed.py` types a page. Anything but success
+ends the walk, and so does a traceback or a warning on the way.
 """
 
 from __future__ import annotations
 
 import argparse
+import html
 import os
 import re
 import shutil
@@ -21,6 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = ("make demo", "make test")
+#: Pages of the built site that are typed with the installed wheel.
+FIRST = ("index", "tutorial", "coming")
 #: What a stranger would stumble over.
 STUMBLE = re.compile(r"Traceback|warning:|\bWARNING\b|Warning:|error:|Exception ignored|…", re.IGNORECASE)
 #: What of that is this machine's, and not ours: pip's words on places where it looks for packages.
@@ -39,6 +43,13 @@ def commands() -> list[str]:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     lines += [line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines()]
     return [line for line in (re.sub(r"\s{2,}# .*", "", line).strip() for line in lines) if line]
+
+
+def shown(page: Path) -> str:
+    """The code blocks of a page of the built site, in order, as Markdown."""
+    parts = re.findall(r'<div class="language-(\w+) highlight">.*?<code>(.*?)</code>', page.read_text(), re.DOTALL)
+    assert parts, f"{page} shows no code"
+    return "\n".join(f"```{name}\n{html.unescape(re.sub('<[^>]*>', '', code))}```\n" for name, code in parts)
 
 
 class Shell:
@@ -85,6 +96,14 @@ def install(scratch: Path, clone: Path) -> None:
     for line in lines:
         shell.type(line)
         shell.type("lorastack --help")
+    shell.type("pip install peft")  # the pages' other program
+    pages = {"README": (ROOT / "README.md").read_text()}
+    pages |= {name: shown(clone / "site" / f"{name}.html") for name in FIRST}
+    for name, text in pages.items():
+        (scratch / f"{name}.md").write_text(text)
+        shutil.copytree(clone / "examples/demo", scratch / f"playground-{name}")
+        # In parentheses, since a shell that is led somewhere stays there.
+        shell.type(f"(cd {scratch}/playground-{name} && python {clone}/tests/typed.py ../{name}.md)")
 
 
 def main() -> None:
@@ -111,8 +130,9 @@ def main() -> None:
             for n, block in enumerate(blocks("python")):
                 (scratch / f"block{n}.py").write_text(block)
                 shell.type(f"python {scratch}/block{n}.py")
+        Shell(clone, scratch / "home").type("make docs")
         install(scratch, clone)
-        print("the README can be walked")
+        print("the README and the first pages can be walked")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import lorastack
 from lorastack import LoadedLora
 from lorastack.cli.application import app
 from lorastack.fleet import vllm_check
-from tests.conftest import ROOT
 from tests.fleet.makers import library
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -81,7 +81,7 @@ def test_the_plugin_is_inert_and_light_without_a_library() -> None:
         "register(); MixturesEndpoint().attach_router(None); "
         "print([m for m in ('numpy', 'gguf', 'torch', 'vllm', 'fastapi', 'lorastack.errors') if m in sys.modules])"
     )
-    environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": str(Path(lorastack.__file__).parents[1]), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
