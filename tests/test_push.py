@@ -40,14 +40,15 @@ def test_the_folder_is_the_mixture_and_says_no_path(sent: Path, demo: Path) -> N
     text = (sent / "README.md").read_text()
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "peft"
     assert "| luna | 0.7 |\n| robot | 0.3 |" in text
-    for file in sent.iterdir():
+    assert {"README.md", "norms-1.svg", "conflict-1-2.svg"} < {file.name for file in sent.rglob("*")}
+    for file in (path for path in sent.rglob("*") if path.is_file()):
         assert str(demo).encode() not in file.read_bytes()
 
 
 def test_the_card_is_that_which_save_writes_but_for_where_to_load_from(sent: Path, demo: Path, tmp_path: Path) -> None:
     baked = LoraStack([(load(demo / "luna"), 0.7), (load(demo / "robot"), 0.3)]).bake(name="both", rank=4)
     baked.push_to_hub("acme/both")
-    saved = baked.save(tmp_path / "saved", recipe=False)
+    saved = baked.save(tmp_path / "saved", recipe=False, figures=True)
     pushed, written = ((folder / "README.md").read_text().splitlines()[:-1] for folder in (sent, saved))
     assert 'model = PeftModel.from_pretrained(model, "acme/both")' in pushed
     assert [line.replace("acme/both", "path/of/this/folder") for line in pushed] == written
