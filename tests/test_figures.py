@@ -102,7 +102,7 @@ def test_what_is_not_in_the_figures_is_said(tmp_path: Path) -> None:
     with_bias = LoadedLora("one", lora.adapters, {"bias": bias}, naming="hf")
     text = (save(with_bias, tmp_path / "out", figures=True) / "README.md").read_text()
     assert "\n\nNorm of the update: one: a norm of 11, at q_proj, layer 0.\n\n" in text
-    assert "\n\nNot in the figures: bias: " in text
+    assert "\n\nNot in the figures: 1 bias: a trained bias of the base layer.\n" in text
 
 
 def test_names_are_texts_whatever_they_hold(demo: Path, tmp_path: Path) -> None:

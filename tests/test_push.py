@@ -6,6 +6,7 @@ The two calls that reach the network are caught, and the folder looked at as it 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from lorastack import LoraStack, load
+from lorastack.cli import main
 from lorastack.errors import ArgumentError
 from lorastack.pushing import PushError
 
@@ -74,3 +76,35 @@ def test_what_cannot_be_pushed_is_said(demo: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     with pytest.raises(PushError, match="acme/luna: the hub did not take luna: 401: who are you"):
         load(demo / "luna").push_to_hub("acme/luna")
+
+
+def test_figures_are_drawn_for_a_pushed_card_where_they_can_be(
+    sent: Path, demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pushed(*words: str) -> tuple[int, str]:
+        shutil.rmtree(sent, ignore_errors=True)
+        monkeypatch.setattr("sys.argv", ["lorastack", "push", str(demo / "luna"), "--to", "acme/luna", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), "".join(capsys.readouterr())
+
+    for words in ((), ("--figures",)):
+        assert pushed(*words) == (0, "pushed 28 weights of rank 8 to https://huggingface.co/acme/luna\n")
+        assert "](figures/norms-1.svg)" in (sent / "README.md").read_text()
+        assert (sent / "figures/norms-1.svg").exists()
+    assert pushed("--no-figures")[0] == 0
+    assert not (sent / "figures").exists()
+
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    code, said = pushed()
+    assert code == 0
+    assert said.startswith(
+        "the card has no figures: plotly draws them, which `pip install 'lorastack[report]'` brings\n"
+    )
+    assert sorted(path.name for path in sent.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors"]  # fmt: skip
+    assert pushed("--no-figures") == (0, "pushed 28 weights of rank 8 to https://huggingface.co/acme/luna\n")
+    code, said = pushed("--figures")
+    assert code == 1
+    assert "pip install 'lorastack[report]'" in said
+    assert not sent.exists()
