@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -214,15 +214,33 @@ def test_an_attention_as_a_whole(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["mha"], init_lora_weights=False))
-        peft.eval().save_pretrained(tmp_path)
+        peft.eval().save_pretrained(tmp_path / "one")
     with torch.no_grad():
         expected = peft(x)
-        lora = load(tmp_path)
+        lora = load(tmp_path / "one")
         with attach(model, lora) as handle:
             assert far(model(x), expected) < 1e-5
             assert "had no effect" not in str(handle.unused())
         with merge_into(model, lora):
             assert far(model(x), expected) < 1e-5
+
+        # Saved again, alone or with another of another rank: PEFT keeps one inside the other, of one rank and alpha.
+        wide = LoraConfig(r=3, lora_alpha=9, target_modules=["mha"], init_lora_weights=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            get_peft_model(copy.deepcopy(model), wide).save_pretrained(tmp_path / "other")
+        other = load(tmp_path / "other")
+        only_out = other.select("*.out_proj.*")
+        for n, stack in enumerate(([(lora, 1.0)], [(lora, 0.5), (other, -2.0)], [(lora, 1.0), (only_out, 0.3)])):
+            with attach(model, LoraStack(stack)):
+                expected = model(x)
+            folder = LoraStack(stack).bake().save(tmp_path / f"again-{n}")
+            with attach(model, load(folder)):
+                assert far(model(x), expected) < 1e-5
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                again = PeftModel.from_pretrained(copy.deepcopy(model), folder)
+            assert far(again.eval()(x), expected) < 1e-5
 
 
 def test_in_memory_updates_of_experts_go_through_llama_4(tmp_path: Path) -> None:

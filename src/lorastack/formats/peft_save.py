@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lorastack.core.extras import KINDS
 from lorastack.core.factor import Factor
 from lorastack.errors import FormatError, Problems, is_text, shown
 from lorastack.formats.peft import RECIPE_KEY
+from lorastack.formats.peft_attention import as_peft_keeps_it
 from lorastack.formats.peft_config import CONFIG_NAME
 from lorastack.formats.peft_files import WEIGHTS
 from lorastack.formats.peft_keys import PREFIX
@@ -53,13 +54,14 @@ def save_peft(
     """
     dtype = dtypes.checked_name(dtype, ("f32", "f16", "bf16"))
     _check(lora)
-    config = _config(lora)
+    lora, inside = as_peft_keeps_it(lora)
+    config = _config(lora, inside)
     try:
         said = orjson.dumps(config, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
     except TypeError as error:
         raise FormatError(f"{lora.name}: what {CONFIG_NAME} would say cannot be written as JSON: {error}") from error
     metadata = {"format": "pt"} | ({RECIPE_KEY: recipe} if recipe else {})
-    write_safetensors(folder / WEIGHTS, list(_entries(lora, dtype)), metadata, progress)
+    write_safetensors(folder / WEIGHTS, list(_entries(lora, inside, dtype)), metadata, progress)
     (folder / CONFIG_NAME).write_bytes(said + b"\n")
 
 
@@ -87,8 +89,9 @@ def _check(lora: LoadedLora) -> None:
     problems.raise_any(FormatError)
 
 
-def _config(lora: LoadedLora) -> dict[str, Any]:
+def _config(lora: LoadedLora, inside: Collection[str]) -> dict[str, Any]:
     modules = {module_of(name): delta for name, delta in lora.adapters.items() if not _is_parameter(delta)}
+    modules = {module: delta for module, delta in modules.items() if module not in inside}
     parameters = {name: delta for name, delta in lora.adapters.items() if _is_parameter(delta)}
     looked_up = modules | parameters  # in rank_pattern and alpha_pattern: by module, or by parameter with its name
     rank = Counter(delta.rank for delta in looked_up.values()).most_common(1)[0][0]
@@ -179,14 +182,15 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _entries(lora: LoadedLora, dtype: str | None) -> Iterator[Entry]:
+def _entries(lora: LoadedLora, inside: Mapping[str, str], dtype: str | None) -> Iterator[Entry]:
+    """``inside``: module -> where it lies in PEFT's model, of output projections of whole attentions."""
     inner = _inner_parameters(lora)
     for name, delta in lora.adapters.items():
         a, b = delta.factors
         if delta.kind == "experts":
             yield from _expert_entries(inner[name], a, b, dtype)
             continue
-        module = inner.get(name) or module_of(name)
+        module = inner.get(name) or inside.get(module_of(name)) or module_of(name)
         endings = ("lora_embedding_A", "lora_embedding_B") if delta.kind == "embedding" else (
             "lora_A.weight", "lora_B.weight")  # fmt: skip
         for factor, ending in zip((a, b), endings, strict=True):
@@ -202,7 +206,7 @@ def _entries(lora: LoadedLora, dtype: str | None) -> Iterator[Entry]:
         for name, factor in lora.extras.get(kind, {}).items():
             module, _, part = name.rpartition(".")
             wrapped = ".base_layer" if kind != "modules_to_save" and module in targets else ""
-            yield _entry(f"{PREFIX}{module}{wrapped}.{part}", factor, dtype)
+            yield _entry(f"{PREFIX}{inside.get(module, module)}{wrapped}.{part}", factor, dtype)
 
 
 def _entry(key: str, factor: Factor, dtype: str | None) -> Entry:
