@@ -34,7 +34,8 @@ def _text(help: str) -> str:
 def _table(command: click.Command) -> str:
     rows = ["| argument or option | what it is |", "|---|---|"]
     for parameter in command.params:
-        names = ", ".join(f"`{o}`" for o in parameter.opts) if parameter.param_type_name == "option" else ""
+        flags = [*parameter.opts, *parameter.secondary_opts] if parameter.param_type_name == "option" else []
+        names = ", ".join(f"`{flag}`" for flag in flags)
         shown = names or f"`{(parameter.metavar or (parameter.name or '').upper()).replace('|', ' ')}`"
         text = (getattr(parameter, "help", None) or "").replace("|", "\\|")
         rows.append(f"| {shown.replace('|', ' ')} | {text} |")

@@ -86,7 +86,7 @@ def test_every_option_is_in_the_reference_and_says_what_it_is() -> None:
         listed = re.findall(r"^\| (.+?) \| (.+?) \|$", parts[name], re.MULTILINE)
         documented = {word for words, _ in listed for word in re.findall(r"`(-[^`]+)`", words)}
         options = [one for one in command.params if one.param_type_name == "option"]
-        assert documented == {word for one in options for word in one.opts}, name
+        assert documented == {word for one in options for word in (*one.opts, *one.secondary_opts)}, name
         assert all(said.strip() for _, said in listed), name
 
 

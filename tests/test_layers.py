@@ -24,6 +24,7 @@ FACADES = {
     "core.adapter.from_gguf": {"formats"},
     "core.adapter.save": {"formats"},
     "core.adapter.push_to_hub": {"pushing"},
+    "formats._drawn": {"report"},
     "core.stack.bake": {"algebra"},
     "core.stack.fingerprint": {"fingerprint"},
 }

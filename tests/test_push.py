@@ -6,6 +6,7 @@ The two calls that reach the network are caught, and the folder looked at as it 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from lorastack import LoraStack, load
+from lorastack.cli import main
 from lorastack.errors import ArgumentError
 from lorastack.pushing import PushError
 
@@ -40,14 +42,15 @@ def test_the_folder_is_the_mixture_and_says_no_path(sent: Path, demo: Path) -> N
     text = (sent / "README.md").read_text()
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "peft"
     assert "| luna | 0.7 |\n| robot | 0.3 |" in text
-    for file in sent.iterdir():
+    assert {"README.md", "norms-1.svg", "conflict-1-2.svg"} < {file.name for file in sent.rglob("*")}
+    for file in (path for path in sent.rglob("*") if path.is_file()):
         assert str(demo).encode() not in file.read_bytes()
 
 
 def test_the_card_is_that_which_save_writes_but_for_where_to_load_from(sent: Path, demo: Path, tmp_path: Path) -> None:
     baked = LoraStack([(load(demo / "luna"), 0.7), (load(demo / "robot"), 0.3)]).bake(name="both", rank=4)
     baked.push_to_hub("acme/both")
-    saved = baked.save(tmp_path / "saved", recipe=False)
+    saved = baked.save(tmp_path / "saved", recipe=False, figures=True)
     pushed, written = ((folder / "README.md").read_text().splitlines()[:-1] for folder in (sent, saved))
     assert 'model = PeftModel.from_pretrained(model, "acme/both")' in pushed
     assert [line.replace("acme/both", "path/of/this/folder") for line in pushed] == written
@@ -73,3 +76,35 @@ def test_what_cannot_be_pushed_is_said(demo: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     with pytest.raises(PushError, match="acme/luna: the hub did not take luna: 401: who are you"):
         load(demo / "luna").push_to_hub("acme/luna")
+
+
+def test_figures_are_drawn_for_a_pushed_card_where_they_can_be(
+    sent: Path, demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pushed(*words: str) -> tuple[int, str]:
+        shutil.rmtree(sent, ignore_errors=True)
+        monkeypatch.setattr("sys.argv", ["lorastack", "push", str(demo / "luna"), "--to", "acme/luna", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), "".join(capsys.readouterr())
+
+    for words in ((), ("--figures",)):
+        assert pushed(*words) == (0, "pushed 28 weights of rank 8 to https://huggingface.co/acme/luna\n")
+        assert "](figures/norms-1.svg)" in (sent / "README.md").read_text()
+        assert (sent / "figures/norms-1.svg").exists()
+    assert pushed("--no-figures")[0] == 0
+    assert not (sent / "figures").exists()
+
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    code, said = pushed()
+    assert code == 0
+    assert said.startswith(
+        "the card has no figures: plotly draws them, which `pip install 'lorastack[report]'` brings\n"
+    )
+    assert sorted(path.name for path in sent.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors"]  # fmt: skip
+    assert pushed("--no-figures") == (0, "pushed 28 weights of rank 8 to https://huggingface.co/acme/luna\n")
+    code, said = pushed("--figures")
+    assert code == 1
+    assert "pip install 'lorastack[report]'" in said
+    assert not sent.exists()

@@ -31,3 +31,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
         return f"| {' | '.join(map(in_a_cell, cells))} |"
 
     return [line(columns), f"|{'---|' * len(columns)}", *map(line, rows)]
+
+
+def picture(place: str | None, title: str, said: str) -> str:
+    """A picture, with what it shows in words for who cannot see it; without a place the words alone.
+
+    >>> picture("figures/a.svg", "Norm: a", "4 places."), picture(None, "Norm: a|b", "one place.")
+    ('![Norm: a: 4 places.](figures/a.svg)', 'Norm: a\\\\|b: one place.')
+    """
+    words = in_a_cell(f"{title}: {said}")
+    return f"![{words}]({place})" if place else words

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from lorastack import formats
 from lorastack.core.adapter import LoadedLora
 from lorastack.errors import ArgumentError, LoraStackError
-from lorastack.files import CARD, signed
-from lorastack.formats.card import adapter_card
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -19,11 +18,23 @@ class PushError(LoraStackError, OSError):
     """The hub did not take the adapter."""
 
 
-def push_to_hub(lora: LoadedLora, repo: str, *, private: bool = False, dtype: str | None = None) -> str:
+def can_draw() -> bool:
+    """Whether figures are drawn where nobody says: a card is looked at, but goes without them."""
+    return find_spec("plotly") is not None
+
+
+def push_to_hub(
+    lora: LoadedLora, repo: str, *, private: bool = False, dtype: str | None = None, figures: bool | None = None
+) -> str:
     """Upload ``lora`` as a PEFT folder with a card to ``repo`` (``owner/name``), which is made if need be; its address.
 
     The token is the one that ``huggingface_hub`` finds. Paths of this machine are not sent: neither in the card, nor in
     the configuration, nor as a recipe.
+
+    Parameters
+    ----------
+    figures
+        Draw for the card, as `lorastack.save` does; when not given, where plotly is installed.
 
     Raises
     ------
@@ -31,6 +42,8 @@ def push_to_hub(lora: LoadedLora, repo: str, *, private: bool = False, dtype: st
         When ``repo`` is no ``owner/name``.
     FormatError
         Listing what a PEFT folder cannot hold; nothing is uploaded then.
+    MissingDependencyError
+        For ``figures=True`` without plotly.
     PushError
         When the hub refuses, or cannot be reached.
     """
@@ -39,9 +52,15 @@ def push_to_hub(lora: LoadedLora, repo: str, *, private: bool = False, dtype: st
     import huggingface_hub as hub
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = formats.save(lora, Path(scratch) / "adapter", format="peft", dtype=dtype, recipe=False)
-        # As `save` writes it, but for where it is loaded from.
-        (folder / CARD).write_bytes(signed(adapter_card(lora, "peft", recipe=False, place=repo)))
+        folder = formats.save(
+            lora,
+            Path(scratch) / "adapter",
+            format="peft",
+            dtype=dtype,
+            recipe=False,
+            figures=can_draw() if figures is None else figures,
+            place=repo,
+        )
         try:
             client = hub.HfApi()
             client.create_repo(repo, private=private, exist_ok=True)

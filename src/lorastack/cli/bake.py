@@ -19,6 +19,7 @@ from lorastack.cli.options import (
     Base,
     Density,
     DropExtras,
+    Figures,
     FileFormat,
     Force,
     Ignore,
@@ -30,6 +31,7 @@ from lorastack.cli.options import (
     Quiet,
     Rename,
     StoredType,
+    check_figures,
     parse_renames,
 )
 from lorastack.errors import ArgumentError
@@ -46,6 +48,7 @@ def bake(
     base: Base = None,
     dtype: StoredType = None,
     no_recipe: NoRecipe = False,
+    figures: Figures = False,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="The new adapter's name.")] = None,
     method: Method = "cat",
     rank: Rank = None,
@@ -85,6 +88,8 @@ def bake(
 
     `lorastack bake recipe.toml -o both.gguf`
 
+    `lorastack bake ./zara:0.7 ./robot:0.5 -o both --figures`
+
     With `--rank`, `--energy` or `--tolerance` each weight is the best approximation of the sum, through a truncated
     SVD; the error is said, and stored in the file. Methods: `cat` and `linear` (the weighted sum), `svd`, and
     `ties`, `dare`, `dare_ties` or `magnitude_prune`, each `@dense`, `@knots` or `@core`.
@@ -100,6 +105,8 @@ def bake(
     from lorastack.recipe import Recipe, recipe_files
     from lorastack.targets import format_of
 
+    if figures:
+        check_figures(output)
     outputs = _outputs(output, parse_sweep(scales))
     for path, _ in outputs:
         check_output(path, force)
@@ -145,7 +152,7 @@ def bake(
         lora = baked if coefficient is None else with_coefficient(baked, coefficient)
         if row:
             lora = fitting(lora, row, model)
-        write_adapter(lora, path, dtype, force, written_as, recipe=not no_recipe)
+        write_adapter(lora, path, dtype, force, written_as, recipe=not no_recipe, figures=figures)
         written.append(_numbers(lora, path, coefficient, len(stack)))
         if not as_json:
             remark(f"{path}: {_words(lora, len(stack))}")
@@ -183,6 +190,7 @@ def write_adapter(
     force: bool,
     format: Format | None = None,
     recipe: bool = True,
+    figures: bool = False,
 ) -> None:
     """Save an adapter, with a bar."""
     from lorastack.cli.progress import byte_bar
@@ -194,7 +202,8 @@ def write_adapter(
         for f in delta.factors
     )
     with byte_bar(f"writing {output.name}", total) as advance:
-        save(lora, output, format=format, dtype=dtype, force=force, recipe=recipe, progress=advance)
+        how: dict[str, Any] = {"recipe": recipe, "figures": figures, "progress": advance}
+        save(lora, output, format=format, dtype=dtype, force=force, **how)
 
 
 def _words(lora: LoadedLora, adapters: int) -> str:

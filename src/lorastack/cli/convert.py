@@ -13,6 +13,7 @@ from lorastack.cli.options import (
     AllowNonfinite,
     Base,
     DropExtras,
+    Figures,
     Force,
     Ignore,
     Json,
@@ -21,6 +22,7 @@ from lorastack.cli.options import (
     Quiet,
     Rename,
     StoredType,
+    check_figures,
     parse_renames,
 )
 from lorastack.errors import ArgumentError
@@ -73,6 +75,7 @@ def convert_command(
     ] = None,
     dtype: StoredType = None,
     no_recipe: NoRecipe = False,
+    figures: Figures = False,
     drop_extras: DropExtras = False,
     force: Force = False,
     allow_nonfinite: AllowNonfinite = False,
@@ -89,7 +92,7 @@ def convert_command(
 
     `lorastack convert style.safetensors ./style --to peft --select 'lora_unet_*'`
 
-    `lorastack convert ./zara ./for-vllm --for vllm`
+    `lorastack convert ./zara ./for-vllm --for vllm --figures`
     """
     from lorastack.base import open_base
     from lorastack.converting.new_file import fitting, row_of
@@ -98,6 +101,8 @@ def convert_command(
     from lorastack.recipe import load
     from lorastack.targets import room_for
 
+    if figures:
+        check_figures(output)
     row = row_of(output, to, program)
     check_output(output, force)
     lora = load(adapter, allow_nonfinite=allow_nonfinite, ignore=ignore or (), rename=parse_renames(rename))
@@ -107,7 +112,7 @@ def convert_command(
     if drop_extras:
         lora = lora.without_extras()
     lora = fitting(lora, row, open_base(base) if base else None, _layout(experts))
-    write_adapter(lora, output, dtype, force, row.format, recipe=not no_recipe)
+    write_adapter(lora, output, dtype, force, row.format, recipe=not no_recipe, figures=figures)
     if as_json:
         echo_json({"output": str(output), "format": row.format, "weights": lora.num_adapters(), "rank": lora.rank})
         return

@@ -10,7 +10,7 @@ import typer
 from lorastack.cli.bake import write_adapter
 from lorastack.cli.console import echo_json, remark
 from lorastack.cli.cutting import Energy, Rank, Tolerance, loss_of, parse_ranks
-from lorastack.cli.options import AdapterOutput, Force, Json, NoRecipe, Quiet, StoredType
+from lorastack.cli.options import AdapterOutput, Figures, Force, Json, NoRecipe, Quiet, StoredType, check_figures
 from lorastack.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def extract_command(
     ] = False,
     dtype: StoredType = None,
     no_recipe: NoRecipe = False,
+    figures: Figures = False,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="The new adapter's name.")] = None,
     force: Force = False,
     as_json: Json = False,
@@ -67,7 +68,7 @@ def extract_command(
 
     Examples:
 
-    `lorastack extract ./my-finetune ./my-model --rank 32 -o ./adapter`
+    `lorastack extract ./my-finetune ./my-model --rank 32 -o ./adapter --figures`
 
     `lorastack extract ./my-finetune ./my-model --energy 0.99 --save-rest -o ./adapter --dtype bf16`
 
@@ -78,6 +79,8 @@ def extract_command(
     from lorastack.extracting import extract
     from lorastack.files import check_apart, check_output
 
+    if figures:
+        check_figures(output)
     check_output(output, force, [finetuned, base])
     check_apart(output, [finetuned, base], "a model")
     ranks = parse_ranks(rank)
@@ -102,7 +105,7 @@ def extract_command(
         lora = convert_names(lora, open_base(base), "gguf")
     elif not as_gguf and lora.naming == "gguf":
         raise ArgumentError(f"{output}: these models have GGUF names, and so has the adapter; write a .gguf file")
-    write_adapter(lora, output, dtype, force, recipe=not no_recipe)
+    write_adapter(lora, output, dtype, force, recipe=not no_recipe, figures=figures)
     if as_json:
         echo_json(_numbers(lora, output))
     else:

@@ -150,6 +150,13 @@ NoRecipe = Annotated[
         help="Leave out of the file what it was made of: sources, which may be paths of this machine, and hashes.",
     ),
 ]
+Figures = Annotated[
+    bool,
+    typer.Option(
+        "--figures",
+        help="Draw norms, singular values and cosines into `figures` of a folder, for its card; needs plotly.",
+    ),
+]
 DropExtras = Annotated[
     bool,
     typer.Option(
@@ -168,6 +175,15 @@ Quiet = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")]
+
+
+def check_figures(output: Path) -> None:
+    """Refuse, before the work, figures that could not be drawn in the end."""
+    from lorastack.cli.missing import require_all
+    from lorastack.formats.writers import refuse_figures
+
+    refuse_figures(output)
+    require_all("report")
 
 
 def parse_renames(words: list[str] | None) -> dict[str, str]:

@@ -14,6 +14,7 @@ from lorastack.cli.options import (
     AllowNonfinite,
     Base,
     DropExtras,
+    Figures,
     FileFormat,
     Force,
     Ignore,
@@ -39,6 +40,7 @@ def resize(
     base: Base = None,
     dtype: StoredType = None,
     no_recipe: NoRecipe = False,
+    figures: Figures = False,
     drop_extras: DropExtras = False,
     force: Force = False,
     allow_mixed_bases: AllowMixedBases = False,
@@ -56,7 +58,7 @@ def resize(
 
     `lorastack resize zara.gguf --rank 4 -o zara-small.gguf`
 
-    `lorastack resize ./zara --rank 2,4,8 --energy 0.95 -o ./zara-small`
+    `lorastack resize ./zara --rank 2,4,8 --energy 0.95 -o ./zara-small --figures`
     """
     if rank is None and energy is None and tolerance is None:
         raise ArgumentError("say how far to go: --rank 8, --energy 0.99 or --tolerance 1e-3")
@@ -66,6 +68,7 @@ def resize(
         base=base,
         dtype=dtype,
         no_recipe=no_recipe,
+        figures=figures,
         rank=rank,
         energy=energy,
         tolerance=tolerance,

@@ -16,10 +16,11 @@ from lorastack.files.regular import (
     read_regular,
     status_of,
 )
-from lorastack.files.signed import CARD, is_signed, signed
+from lorastack.files.signed import CARD, FIGURES, is_signed, signed
 
 __all__ = [
     "CARD",
+    "FIGURES",
     "MERGE_RECIPE",
     "OutputError",
     "below",

@@ -23,7 +23,7 @@ from lorastack.files.regular import (
     reason,
     status_of,
 )
-from lorastack.files.signed import CARD, is_signed
+from lorastack.files.signed import CARD, FIGURES, is_signed
 from lorastack.ways import FORCE, ways
 
 #: What was replaced is said here, at the level INFO; the command shows it.
@@ -129,7 +129,7 @@ def _irreplaceable(target: Path, found: os.stat_result) -> str | None:
         with os.scandir(target) as entries:
             files = {entry.name: entry.is_file() for entry in entries}
         ours = {name for name, is_file in files.items() if is_file and _is_ours(target / name)}
-        others = sorted(set(files) - ours)
+        others = sorted(set(files) - ours - {FIGURES}) + (_foreign_figures(target) if FIGURES in files else [])
         if MERGE_RECIPE in files and not (others := _foreign_to_merge(target)):
             return None
         if others:
@@ -145,6 +145,16 @@ def _irreplaceable(target: Path, found: os.stat_result) -> str | None:
 def _is_ours(path: Path) -> bool:
     """Whether a file in a folder is an adapter's own, or a text that we wrote."""
     return path.name in ADAPTER_FILES or is_signed(path)
+
+
+def _foreign_figures(folder: Path) -> list[str]:
+    """What in the folder of a card's pictures is none that we wrote; the folder itself where it is no folder."""
+    place = folder / FIGURES
+    if place.is_symlink() or not place.is_dir():
+        return [FIGURES]
+    looked_into(place, ArgumentError)
+    found = [at for at in place.iterdir() if at.is_symlink() or not at.is_file() or not is_signed(at)]
+    return sorted(f"{FIGURES}/{at.name}" for at in found)
 
 
 def _foreign_to_merge(folder: Path) -> list[str]:
@@ -226,7 +236,10 @@ def _replace(partial: Partial, target: Path, old: os.stat_result) -> None:
 
 def _keep_modes(old: Path, new: Path) -> None:
     """What only its owner could read stays so."""
-    pairs = [(old, new)] + ([(old / name, new / name) for name in (*ADAPTER_FILES, CARD)] if new.is_dir() else [])
+    pairs = [(old, new)]
+    if new.is_dir():
+        names = (*ADAPTER_FILES, CARD, FIGURES, *(f"{FIGURES}/{at.name}" for at in (new / FIGURES).glob("*")))
+        pairs += [(old / name, new / name) for name in names]
     for before, after in pairs:
         if after.exists() and before.exists() and not before.is_symlink() and before.is_dir() == after.is_dir():
             after.chmod(before.stat().st_mode & 0o777)

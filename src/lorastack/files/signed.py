@@ -15,6 +15,8 @@ from lorastack.files.regular import read_regular
 
 #: The card of a folder, as the hub calls it.
 CARD = "README.md"
+#: The folder in it that has the card's pictures.
+FIGURES = "figures"
 #: Names of files that may be signed.
 _NAMES = re.compile(r"README\.md|[\w-]+\.svg", re.ASCII)
 #: A comment, in Markdown and in SVG.

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from lorastack.core.adapter import LoadedLora
 from lorastack.errors import ArgumentError, FormatError, shown
-from lorastack.files import CARD, below, signed, whole_output
+from lorastack.files import below, whole_output
 from lorastack.formats import companions, diffusers, gguf, kohya, mlx, peft
-from lorastack.formats.card import adapter_card
+from lorastack.formats.card import SOMEWHERE, Figure, adapter_card, write_card
 from lorastack.formats.gguf_save import save_gguf
 from lorastack.formats.heads import is_gguf, is_safetensors, read_head
 from lorastack.formats.opened import OpenedFile
@@ -24,7 +24,7 @@ from lorastack.formats.products import cut_products
 from lorastack.formats.provenance import Provenance, sources_of
 from lorastack.formats.safetensors_file import SafetensorsFile
 from lorastack.formats.shards import refuse_part
-from lorastack.formats.writers import DIFFUSERS_WEIGHTS, Format, library_of, writer_of
+from lorastack.formats.writers import DIFFUSERS_WEIGHTS, Format, library_of, refuse_figures, writer_of
 from lorastack.hub import ADAPTER_FILES, resolve
 from lorastack.ways import drop_extras, ways
 
@@ -101,6 +101,8 @@ def save(
     force: bool = False,
     recipe: bool = True,
     architecture: str | None = None,
+    figures: bool = False,
+    place: str = SOMEWHERE,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
     """Write an adapter, as the ending says: ``.gguf`` as llama.cpp reads it, any other name as a PEFT folder.
@@ -117,12 +119,17 @@ def save(
     dtype
         ``"f32"``, ``"f16"``, ``"bf16"`` or (GGUF) ``"q8_0"``; each factor keeps its own when not given.
     force
-        Replace an output that exists: a file, or a folder that holds an adapter and nothing else (a README.md that
-        was not changed since it was written here); never one that ``lora`` was made of.
+        Replace an output that exists: a file, or a folder that holds an adapter and nothing else (a README.md and
+        figures that were not changed since they were written here); never one that ``lora`` was made of.
     recipe
         Keep in the file's metadata what the adapter was made of: sources, their sha256, scales.
     architecture
         GGUF: the base's architecture, such as ``"llama"``, of an adapter that does not say it (one made in memory).
+    figures
+        Draw for a folder's card, into ``figures`` in it: the norm at each layer, the singular values, and how alike the
+        adapters are that it was made of. Needs plotly, and a decomposition of every update.
+    place
+        Where the card says that the folder is loaded from, such as the repository that it goes to.
     progress
         Called with the bytes of every tensor written.
 
@@ -131,10 +138,14 @@ def save(
     FormatError
         Listing everything that the format cannot hold; nothing is written then.
     ArgumentError
-        When the output exists and ``force`` is not set, or it is nothing to replace.
+        When the output exists and ``force`` is not set, or it is nothing to replace; for figures of a file.
+    MissingDependencyError
+        For figures without plotly: ``pip install 'lorastack[report]'``.
     """
     path = Path(path)
     as_file, write = writer_of(lora, path, format)
+    if figures:
+        refuse_figures(path)
     if architecture is not None:
         as_gguf = write is save_gguf
         said = lora.metadata.get("general.architecture")
@@ -146,10 +157,17 @@ def save(
         lora = replace(lora, metadata=MappingProxyType({**lora.metadata, "general.architecture": architecture}))
     _check_tokens(lora)
     with whole_output(path, force, folder=not as_file, sources=sources_of(lora)) as scratch:
+        drawn = _drawn(lora) if figures else []  # which says what is missing before the work
         write(lora, scratch, dtype, Provenance.of_lora(lora).to_toml() if recipe else None, progress)
         if library := library_of(write):
-            (scratch / CARD).write_bytes(signed(adapter_card(lora, library, recipe)))
+            write_card(scratch, adapter_card(lora, library, recipe, place, drawn), drawn)
     return path
+
+
+def _drawn(lora: LoadedLora) -> list[Figure]:
+    from lorastack.report.card import figures_of
+
+    return figures_of(lora)
 
 
 def _check_tokens(lora: LoadedLora) -> None:

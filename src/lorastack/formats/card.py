@@ -6,16 +6,18 @@ No path of this machine is in it: of adapters their names, of models what others
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import orjson
 
 from lorastack.core.adapter import LoadedLora
 from lorastack.errors import printable, shown
+from lorastack.files import CARD, FIGURES, signed
 from lorastack.formats.provenance import Ingredient, ingredients_of
 from lorastack.formats.said_base import base_of
 from lorastack.hub import hub_id, told
-from lorastack.markdown import in_a_cell, table
+from lorastack.markdown import in_a_cell, picture, table
 
 #: Library -> what loads the folder, given the base and the place as texts of Python.
 _LOADED = {
@@ -37,9 +39,35 @@ model = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(model, {place})"""
 #: Of how an adapter was made, what is said in sentences.
 _TOLD = ("error", "finetuned", "base")
+#: Where a folder is loaded from, of which nobody knows yet where it will be.
+SOMEWHERE = "path/of/this/folder"
 
 
-def adapter_card(lora: LoadedLora, library: str, recipe: bool, place: str = "path/of/this/folder") -> str:
+class Figure(NamedTuple):
+    """A figure of a card: its file's name, its title, what it shows in words, and the picture, SVG.
+
+    One that a sentence says has neither file nor picture.
+    """
+
+    file: str | None
+    title: str
+    said: str
+    picture: str = ""
+
+
+def write_card(folder: Path, text: str, figures: Sequence[Figure]) -> None:
+    """Write README.md and its pictures into a folder, each signed as ours."""
+    (folder / CARD).write_bytes(signed(text))
+    drawn = [one for one in figures if one.file]
+    if drawn:
+        (folder / FIGURES).mkdir()
+    for one in drawn:
+        (folder / FIGURES / str(one.file)).write_bytes(signed(one.picture))
+
+
+def adapter_card(
+    lora: LoadedLora, library: str, recipe: bool, place: str = SOMEWHERE, figures: Sequence[Figure] = ()
+) -> str:
     """The text of README.md of an adapter's folder.
 
     Parameters
@@ -50,6 +78,8 @@ def adapter_card(lora: LoadedLora, library: str, recipe: bool, place: str = "pat
         Whether the file of weights holds the recipe.
     place
         Where the folder is loaded from; the text of one that is saved does not depend on where.
+    figures
+        What is drawn beside it, in the folder ``figures``.
     """
     base = base_of(lora)
     ranks = sorted({delta.rank for delta in lora.adapters.values()})
@@ -71,6 +101,10 @@ def adapter_card(lora: LoadedLora, library: str, recipe: bool, place: str = "pat
     if recipe and not any(one.in_memory for one in ingredients_of(lora)):
         lines += ["", "How it was made, with the hashes of all files, is kept as a recipe in its file of weights:"]
         lines += ["`lorastack inspect --json` shows it, and saved as a `.toml` file it makes the adapter again."]
+    if figures:
+        lines += ["", "## Figures"]
+    for one in figures:
+        lines += ["", picture(one.file and f"{FIGURES}/{one.file}", one.title, one.said)]
     return "\n".join(lines) + "\n"
 
 

@@ -49,7 +49,7 @@ class Provenance:
     @classmethod
     def of_lora(cls, lora: LoadedLora) -> Self:
         """What ``lora`` was made of, with the hashes of the files it came from."""
-        parts = _parts(lora)
+        parts = parts_of(lora)
         with ThreadPoolExecutor(2) as pool:
             found = list(pool.map(hashes, [part for part, _ in parts]))
         ingredients = [
@@ -85,11 +85,12 @@ def ingredients_of(lora: LoadedLora) -> list[Ingredient]:
             _utf8(part.name),
             tuple((_STEP_NAMES.get(step, step), value) for step, value in part.history),
         )
-        for part, scale in _parts(lora)
+        for part, scale in parts_of(lora)
     ]
 
 
-def _parts(lora: LoadedLora) -> list[tuple[LoadedLora, float]]:
+def parts_of(lora: LoadedLora) -> list[tuple[LoadedLora, float]]:
+    """The adapters that ``lora`` was made of, with their scales; itself where it was made of none."""
     return [(part, scale) for whole, scale in (lora.origin or ((lora, 1.0),)) for part, scale in leaves(whole, scale)]
 
 

@@ -66,6 +66,15 @@ def writer_of(lora: LoadedLora, path: Path, format: Format | None) -> tuple[bool
     return format in _SINGLE, _SINGLE[format] if format in _SINGLE else _FOLDERS[format]
 
 
+def refuse_figures(path: Path) -> None:
+    """Refuse a place for which no figures can be drawn: a file has no card to show them."""
+    if path.suffix in (".gguf", ".safetensors"):
+        raise ArgumentError(
+            f"{path}: figures are those of a folder's card, and this is a file"
+            + ways("write a folder", Way("leave figures out", "leave --figures out"))
+        )
+
+
 def library_of(write: Writer) -> str | None:
     """The library that reads the folder it writes, as the hub calls it; None of one that writes a file."""
     libraries: dict[Writer, str] = {save_peft: "peft", save_mlx: "mlx", _in_folder: "diffusers"}

@@ -60,8 +60,4 @@ def _sections(found: Findings) -> list[tuple[str, Table | None, str]]:
 
 def _pictured(pictures: Sequence[Picture]) -> list[str]:
     """Pictures with what they show in words for who cannot see them."""
-    lines = []
-    for one in pictures:
-        said = in_a_cell(f"{one.title}: {one.said}")
-        lines += ["", f"![{said}]({one.place})" if one.place else said]
-    return lines
+    return [line for one in pictures for line in ("", markdown.picture(*one))]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lorastack.report import curves, heat
 from lorastack.report.figures import Drawing
-from lorastack.report.findings import Findings
+from lorastack.report.findings import Findings, Measured
 from lorastack.report.selection import MOST, pairs_of, strongest
 
 
@@ -24,7 +24,7 @@ class Shown(NamedTuple):
     drawing: Drawing | str
 
 
-def norms(found: Findings) -> list[Shown]:
+def norms(found: Measured) -> list[Shown]:
     """Where each adapter changes the model; one colour scale for all."""
     comparison, grid = found.comparison, found.grid
     shown = strongest(found)
@@ -38,7 +38,7 @@ def norms(found: Findings) -> list[Shown]:
     return drawn
 
 
-def spectra(found: Findings) -> list[Shown]:
+def spectra(found: Measured) -> list[Shown]:
     """The singular values of each adapter."""
     comparison, grid = found.comparison, found.grid
     drawn = []
@@ -48,14 +48,14 @@ def spectra(found: Findings) -> list[Shown]:
     return drawn
 
 
-def cosines(found: Findings) -> list[Shown]:
+def cosines(found: Measured) -> list[Shown]:
     """How alike the adapters are, all in one; none of a single one."""
-    if len(found.adapters) < 2:
+    if len(found.comparison.adapters) < 2:
         return []
     return [Shown("cosines.svg", "Cosine", "Cosine of every pair", heat.similarity(found.comparison))]
 
 
-def conflicts(found: Findings) -> list[Shown]:
+def conflicts(found: Measured) -> list[Shown]:
     """Where pairs pile up and cancel; none where they are compared over all weights only."""
     comparison = found.comparison
     if comparison.by_weight is None:

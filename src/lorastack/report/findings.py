@@ -37,7 +37,15 @@ class BakeLoss:
 
 
 @dataclass(frozen=True)
-class Findings:
+class Measured:
+    """What is measured of a stack, each adapter and the pairs, and where its weights lie."""
+
+    comparison: Comparison
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Findings(Measured):
     """All that is known of a stack: each adapter, the pairs, the losses, how to make it again.
 
     Attributes
@@ -51,8 +59,6 @@ class Findings:
     """
 
     adapters: tuple[Inspection, ...]
-    comparison: Comparison
-    grid: Grid
     bakes: tuple[BakeLoss, ...]
     curve: tuple[float, ...]
     exact: int

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lorastack.algebra.compare import MATTERS
 from lorastack.algebra.pairs import independent_pileup
-from lorastack.report.findings import Findings
+from lorastack.report.findings import Findings, Measured
 
 #: So many are shown.
 MOST = 8
@@ -31,14 +31,14 @@ class Cancelling(NamedTuple):
     j: int
 
 
-def pairs_of(found: Findings) -> list[Pair]:
+def pairs_of(found: Measured) -> list[Pair]:
     """Every pair, those that matter most first."""
     cosine = found.comparison.cosine
-    pairs = [Pair(i, j, float(cosine[i, j])) for i, j in combinations(range(len(found.adapters)), 2)]
+    pairs = [Pair(i, j, float(cosine[i, j])) for i, j in combinations(range(len(cosine)), 2)]
     return sorted(pairs, key=lambda pair: -abs(pair.cosine) if math.isfinite(pair.cosine) else 1.0)
 
 
-def strongest(found: Findings) -> list[int]:
+def strongest(found: Measured) -> list[int]:
     """The adapters that are drawn one by one, in the stack's order."""
     adapters = found.comparison.adapters
     return sorted(sorted(range(len(adapters)), key=lambda n: -adapters[n].norm)[:MOST])
