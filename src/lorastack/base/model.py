@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorastack.base.architectures import BY_HF, Architecture, architecture_of
+from lorastack.base.architectures import Architecture, architecture_of
 from lorastack.base.foreign import ForeignNames
 from lorastack.base.parts import in_pipeline, in_text_encoder
 from lorastack.base.spelling import TEXT_PARTS, other_spellings
@@ -86,7 +86,7 @@ class BaseModel:
     use
         How a live model computes with a weight; of a base from files `roles.use_of` tells.
     roles
-        What its class says of weights, where that was asked (`with_all_names`); of others `roles.role_of` guesses.
+        What its class says of weights, where that was asked (`all_names`); of others `roles.role_of` guesses.
     """
 
     name: str
@@ -167,33 +167,6 @@ class BaseModel:
             renaming=lambda: rename,
             roles=said.roles,
         )
-
-    def with_all_names(self) -> BaseModel:
-        """The base with every name and role that its class gives a tensor, for whoever writes it or compares models.
-
-        Files tell the usual pair, an embedding and its ``lm_head``, which is all that the listed classes tie; BERT's
-        ties a bias too, and calls its head otherwise. Asking a class takes a second.
-        """
-        live = self.live if self.architecture_name not in BY_HF else None
-        if live is None:
-            return self
-        guessed = self.tied.keys() - live.shapes.keys()
-        shapes = {name: shape for name, shape in self.shapes.items() if name not in guessed}
-        stored = {name: place for name, place in self.stored.items() if name not in guessed}
-        tied = {name: of for name, of in self.tied.items() if name not in guessed}
-        for names in live.names_of_one():
-            for kept in [name for name in names if name in shapes and name not in tied][:1]:
-                for name in (name for name in names if name not in shapes):
-                    shapes[name], stored[name], tied[name] = shapes[kept], stored[kept], kept
-        rename = live._rename or (lambda name: name)
-        roles = {name: live.roles.get(own, "") for name in shapes if (own := rename(name)) in live.shapes}
-        unknown = {name: "unknown" for name in shapes if name not in roles or live.shapes[rename(name)] != shapes[name]}
-        return replace(self, shapes=shapes, stored=stored, tied=tied, roles=roles | unknown)
-
-    def names_of_one(self) -> list[list[str]]:
-        """The names of each tensor that has several."""
-        roots = dict.fromkeys(self.tied.values())
-        return [[root, *(name for name, of in self.tied.items() if of == root)] for root in roots]
 
     @property
     def _asked(self) -> Mapping[str, tuple[int, ...]]:

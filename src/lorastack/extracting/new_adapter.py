@@ -10,6 +10,7 @@ from typing import Any
 
 from lorastack.algebra.cut import Cut, Loss, overall
 from lorastack.base import BaseModel, open_base
+from lorastack.base.all_names import with_all_names
 from lorastack.core.adapter import LoadedLora
 from lorastack.core.delta import LoraDelta
 from lorastack.errors import ArgumentError, Failures, UnsupportedError
@@ -147,7 +148,7 @@ def _opened(finetuned: BaseModel | str | Path, base: BaseModel | str | Path) -> 
     for one in (tuned, model):
         if not one.stored:
             raise ArgumentError(f"{one.name} is in memory only, where no file has its weights; give its folder")
-    return tuned.with_all_names(), model.with_all_names()
+    return with_all_names(tuned), with_all_names(model)
 
 
 def _compared(

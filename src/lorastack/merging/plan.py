@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from lorastack.algebra.entries import Entry, fitted
+from lorastack.base.all_names import with_all_names
 from lorastack.base.model import BaseModel, Part
 from lorastack.base.rows import Rows
 from lorastack.errors import Problems, UnsupportedError
@@ -62,7 +63,7 @@ def plan(entries: Sequence[Entry], base: BaseModel) -> Plan:
     """
     _refuse_quantised(base)
     _refuse_fp8(base)
-    base = base.with_all_names()
+    base = with_all_names(base)
     with_head, fields = with_heads(_with_a_head(base), entries)
     whole, vocabulary = resized(with_head, entries)
     changes = changes_of(fitted(entries, whole), whole)
