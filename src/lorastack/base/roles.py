@@ -30,7 +30,9 @@ def role_of(base: BaseModel, name: str) -> Role:
     ['linear', 'embedding', 'other']
     """
     said, guess = base.roles.get(name), _guessed(base, name)
-    if said == "unknown" or (said == "" and guess == "embedding"):  # a module of the class's own, called like one
+    if said == "unknown" or (
+        said == "" and guess in ("embedding", "conv")
+    ):  # a module of the class's own, called like one
         return "other"
     return _SAID.get(said or "", guess) if said != "linear" or guess != "head" else guess
 

@@ -37,8 +37,8 @@ def renaming_of_model(model: Any) -> Rename | None:
 class LiveNames(NamedTuple):
     """What a base's class calls its weights: shapes by name, second names of tied ones, prefix, renaming, roles.
 
-    ``roles`` are those of torch's own modules: ``linear``, ``embedding``, ``conv``, and ``other`` for embeddings that
-    do more than look up, and convolutions in groups, to which no low-rank update of their weight is added.
+    ``roles`` are those of torch's own modules: ``linear``, ``embedding``, ``conv``, and ``other`` for those that do
+    more than their kind, and for convolutions in groups, to which no low-rank update of their weight is added.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -95,7 +95,9 @@ def _role(module: Any) -> str | None:
     if isinstance(module, nn.modules.conv._ConvNd):
         plain = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
         return "conv" if module.groups == 1 and plain else "other"
-    return "linear" if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" else None
+    if isinstance(module, nn.Linear):
+        return "linear" if type(module).forward is nn.Linear.forward else "other"
+    return "linear" if type(module).__name__ == "Conv1D" else None
 
 
 def _plain(value: Any) -> Any:
