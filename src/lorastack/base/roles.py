@@ -30,11 +30,13 @@ def role_of(base: BaseModel, name: str) -> Role:
     ['linear', 'embedding', 'other']
     """
     said, guess = base.roles.get(name), _guessed(base, name)
-    if said == "unknown" or (
-        said == "" and guess in ("embedding", "conv")
-    ):  # a module of the class's own, called like one
+    if said == "unknown":
         return "other"
-    return _SAID.get(said or "", guess) if said != "linear" or guess != "head" else guess
+    if said == "":  # of a module of the class's own, whose weight may be called or shaped like another kind's
+        return "other" if guess in ("embedding", "conv") else guess
+    if said is None or (said == "linear" and guess == "head"):
+        return guess
+    return _SAID[said]
 
 
 def is_unknown(base: BaseModel, name: str) -> bool:
