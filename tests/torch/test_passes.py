@@ -220,7 +220,8 @@ def test_two_generations_of_two_hundred_tokens_interleave() -> None:
     assert sorted(order) == ["a"] * new + ["b"] * new
     turns = [len(list(passes)) for _, passes in itertools.groupby(order)]
     assert len(turns) > 40, f"passes in turn: {turns}"
-    assert max(turns) < new / 2, f"passes in turn: {turns}"
+    # The last turn is what one of them has left once the other is done: they need not be equally fast.
+    assert max(turns[:-1]) < new / 2, f"passes in turn: {turns}"
 
 
 # ---- what a batch is
