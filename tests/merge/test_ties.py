@@ -16,6 +16,8 @@ import transformers as tf
 from torch import nn
 
 from lorastack import load, merge
+from lorastack.base import open_base
+from lorastack.base.all_names import with_all_names
 from lorastack.errors import LoraStackError, UnsupportedError
 from lorastack.torch import attach, merge_into
 from tests.torch.families import made
@@ -136,8 +138,13 @@ def test_the_class_is_asked_only_where_it_is_not_listed(tmp_path: Path, monkeypa
     model = llama(tie_word_embeddings=True).eval()
     model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
     trained(model, tmp_path / "adapter", target_modules=["lm_head"])
-    monkeypatch.setattr("lorastack.base.model.live_names", lambda config: pytest.fail("the class was asked"))
+    asked: list[object] = []
+    monkeypatch.setattr("lorastack.base.model.live_names", lambda config: asked.append(config))
     merge(tmp_path / "base", load(tmp_path / "adapter"), tmp_path / "merged")
+    assert asked == []
+    bert().save_pretrained(tmp_path / "bert")  # type: ignore[operator]
+    with_all_names(open_base(tmp_path / "bert"))
+    assert len(asked) == 1
 
 
 def test_without_names_of_its_class_such_a_head_fits_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,9 +162,12 @@ def test_an_input_that_was_changed_in_place_is_another(launches: list[int]) -> N
     before, after = x.clone(), x + 1
     with handle.rows(mixtures):
         model(x, same)
+        del launches[:]
         found = model(x, changed)
     inputs = {"q": before, "k": before} | dict.fromkeys(("v", "gate", "up"), after)
     holds(model, loras, mixtures, inputs, found)
+    assert launches[0] == 3, "q's is k's too"
+    assert len(launches) > 2, "v's is its own"
 
 
 def test_tensors_that_do_not_tell_whether_they_were_changed_are_not_shared(launches: list[int]) -> None:
