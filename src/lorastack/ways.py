@@ -71,6 +71,7 @@ def rename(old: str, new: str) -> Way:
 
 #: Ways that several errors have in common.
 CONVERT = Way("convert it with convert_names(lora, base)", "give --base to convert it")
+LIVE = Way("attach the stack with lorastack.torch instead", "use the adapters at run time instead")
 SELECT = Way("leave it out with select()", None)
 BASE = Way("give it as base=...", "give it with --base")
 NONFINITE = Way("load it with allow_nonfinite=True", "let it through with --allow-nonfinite")

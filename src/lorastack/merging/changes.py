@@ -16,11 +16,10 @@ from lorastack.core.extras import KINDS
 from lorastack.core.factor import Factor
 from lorastack.core.kronecker import Kronecker
 from lorastack.errors import NamingError, Problems
-from lorastack.ways import Way, ways
+from lorastack.ways import LIVE, ways
 
 #: What whole tensors an adapter brings along.
 _SAVED = ("modules_to_save", "base_weight")
-_LIVE = Way("attach the stack with lorastack.torch instead", "use the adapter at run time instead")
 
 
 class Term(NamedTuple):
@@ -89,20 +88,20 @@ def changes_of(entries: Sequence[Entry], base: BaseModel) -> dict[str, Change]:
             continue
         extras = lora.extras
         if "alora" in extras:
-            problems.add(f"{name}: it has {KINDS['alora']}, which weights cannot do{ways(_LIVE)}")
+            problems.add(f"{name}: it has {KINDS['alora']}, which weights cannot do{ways(LIVE)}")
         for weight, delta in lora.adapters.items():
             if base.in_groups(weight, delta):
-                problems.add(f"{name}: weight {weight} {IN_GROUPS}{ways(_LIVE)}")
+                problems.add(f"{name}: weight {weight} {IN_GROUPS}{ways(LIVE)}")
             at(weight).terms.append(Term(name, scale, delta, extras.get("dora", {}).get(weight)))
         for weight, factor in extras.get("lora_bias", {}).items():
             bias = f"{weight.removesuffix('.weight')}.bias"
             if base.place_of(bias) is None:
-                problems.add(f"{name}: {weight} has a bias of lora_B, the base no bias to add it to{ways(_LIVE)}")
+                problems.add(f"{name}: {weight} has a bias of lora_B, the base no bias to add it to{ways(LIVE)}")
             else:
                 at(bias).added.append((scale * lora.adapters[weight].scaling, factor))
         for weight, factor in extras.get("diff_b", {}).items():
             if base.place_of(weight) is None:
-                problems.add(f"{name}: the base has no bias {weight} to add a difference to{ways(_LIVE)}")
+                problems.add(f"{name}: the base has no bias {weight} to add a difference to{ways(LIVE)}")
             else:
                 at(weight).added.append((scale, factor))
         for kind in ("lokr", "diff"):

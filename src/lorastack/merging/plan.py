@@ -16,12 +16,11 @@ from lorastack.merging.changes import Change, changes_of, resized
 from lorastack.merging.heads import with_heads
 from lorastack.merging.ties import head_of, tell_apart
 from lorastack.merging.update import Update, shape_in_file
-from lorastack.ways import SELECT, Way, ways
+from lorastack.ways import LIVE, SELECT, ways
 
 #: Quantised in a way of its own -> how people call it.
 _METHODS = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8"}
 _FULL = "merge into the model it was made from, and quantise that"
-_LIVE = Way("attach the stack with lorastack.torch instead", "use the adapters at run time instead")
 
 
 class Added(NamedTuple):
@@ -98,7 +97,7 @@ def _refuse_quantised(base: BaseModel) -> None:
         method = said.get("quant_method") if isinstance(said, dict) else None
         what = _METHODS.get(str(method), str(method or "a way of its own"))
         raise UnsupportedError(
-            f"base {base.name} is quantised ({what}): its packed weights cannot take an update{ways(_FULL, _LIVE)}"
+            f"base {base.name} is quantised ({what}): its packed weights cannot take an update{ways(_FULL, LIVE)}"
         )
 
 
@@ -111,7 +110,7 @@ def _refuse_fp8(base: BaseModel) -> None:
         if packed:
             raise UnsupportedError(
                 f"base {base.name} keeps {len(packed)} tensors such as {packed[0]} in fp8, which cannot be merged "
-                f"into; merge into the 16-bit file it was made from{ways(_LIVE, lead=', or ')}"
+                f"into; merge into the 16-bit file it was made from{ways(LIVE, lead=', or ')}"
             )
 
 
@@ -128,13 +127,13 @@ def _updates(name: str, change: Change, base: BaseModel, problems: Problems) -> 
     place = base.place_of(name)
     shape = base.shape_of(name) or ()
     if place is None or not place.parts:
-        problems.add(f"weight {name} is none of the files' own: transformers makes it of others{ways(_LIVE, SELECT)}")
+        problems.add(f"weight {name} is none of the files' own: transformers makes it of others{ways(LIVE, SELECT)}")
         return []
     said = _said(change)
     if len(place.parts) == 1:
         (part,) = place.parts
         if why := _unreadable(part):
-            problems.add(f"weight {name} is {why}{ways(_FULL, _LIVE)}")
+            problems.add(f"weight {name} is {why}{ways(_FULL, LIVE)}")
         kind = change.terms[0].delta.kind if change.terms else "conv" if change.dense and len(shape) > 2 else None
         turned = bool(change.terms) and base.turned(name, change.terms[0].delta)
         return [(part, Update(name, shape_in_file(shape, kind), turned, **said))]

@@ -12,9 +12,8 @@ from lorastack.base.model import BaseModel
 from lorastack.core.factor import Factor
 from lorastack.errors import Problems
 from lorastack.merging.changes import Change, is_saved
-from lorastack.ways import SELECT, Way, ways
+from lorastack.ways import LIVE, SELECT, ways
 
-_LIVE = Way("attach the stack with lorastack.torch instead", "use the adapters at run time instead")
 #: Models whose head is scaled where it is tied, and only there.
 _SCALED_WHEN_TIED = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 #: What stacks call an embedding that they share.
@@ -46,7 +45,7 @@ def tell_apart(
     apart = [name for name, root in ties.items() if _is_apart(name, root, head, changes)]
     if apart and head and base.config.get("model_type") in _SCALED_WHEN_TIED:
         problems.add(
-            f"weight {embedding} is the head too, which this model scales while they are one{ways(_LIVE, SELECT)}"
+            f"weight {embedding} is the head too, which this model scales while they are one{ways(LIVE, SELECT)}"
         )
     elif apart and base.parts:
         problems.add(_along(apart[0], ties[apart[0]]))
@@ -87,7 +86,7 @@ def _join(name: str, root: str, changes: dict[str, Change], problems: Problems) 
 
 
 def _along(name: str, other: str) -> str:
-    return f"weight {name} is one tensor with {other}, which would change along{ways(_LIVE, SELECT)}"
+    return f"weight {name} is one tensor with {other}, which would change along{ways(LIVE, SELECT)}"
 
 
 def _alike(one: Change, other: Change) -> bool:
