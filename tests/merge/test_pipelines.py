@@ -385,6 +385,14 @@ def test_odd_names_in_a_checkpoint_are_no_weights_and_no_crash(data: st.DataObje
         assert piece.name.partition(".")[0] in ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
+def test_a_first_block_that_is_no_convolution_is_no_weight() -> None:
+    odd = "model.diffusion_model.input_blocks.0.0.op.weight"
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    names = OriginalNames([odd, first])
+    assert list(names.pieces(odd)) == []
+    assert [piece.name for piece in names.pieces(first)] == ["unet.conv_in.weight"]
+
+
 with torch.device("meta"):
     KEYS = sorted({re.sub(r"\d+", "1", key): key for key in checkpoint(stable_diffusion_xl())}.values())
 

@@ -67,7 +67,7 @@ class OriginalNames:
 
     def __init__(self, keys: Collection[str]) -> None:
         downsamplers = [int(match[1]) for key in keys if (match := _DOWNSAMPLER.fullmatch(key))]
-        self._layers = min(downsamplers, default=3)
+        self._layers = min((number for number in downsamplers if number), default=3)  # block 0 is the first convolution
         levels = [int(m[3]) for key in keys if (m := _VAE_BLOCK.fullmatch(key.removeprefix(_VAE))) and m[2] == "up"]
         self._levels = max(levels, default=-1) + 1
         self.is_xl = any(key.startswith("conditioner.") for key in keys)
@@ -104,7 +104,7 @@ class OriginalNames:
             return f"{UNET_TOP[path]}.{ending}"
         if middle := _MIDDLE_BLOCK.fullmatch(path):
             return f"{_MIDDLE[int(middle[1])]}.{_UNET_RESNET.get(middle[2], middle[2])}.{ending}"
-        if match is None:
+        if match is None or (match[1] == "input" and int(match[2]) == 0):
             return None
         down, second, inner = match[1] == "input", match[3] != "0", match[4].rpartition(".")[0]
         block, layer = divmod(int(match[2]) - down, self._layers)
